@@ -1,0 +1,2519 @@
+/**
+ * Exactly-once effects between a log and the outside world.
+ *
+ * {@linkcode once} runs one external effect once per key. {@linkcode relay} moves the messages of a source into a sink under
+ * the strongest protocol that both ends allow, and {@linkcode guarantee} says which one that is, and why.
+ *
+ * ```ts
+ * import { memoryStore, once } from "@effectonce/effectonce";
+ * import { equal } from "node:assert/strict";
+ *
+ * const store = memoryStore();
+ * let charges = 0;
+ * const charge = () => once(store, { scope: "charge", key: "order-1" }, () => Promise.resolve(++charges));
+ * equal(await charge(), 1);
+ * equal(await charge(), 1); // the stored result: the effect did not run again
+ * ```
+ *
+ * This file has no dependency and uses only web-standard APIs.
+ *
+ * @module
+ */
+
+/** What JSON can say. */
+export type Json = null | boolean | number | string | readonly Json[] | { readonly [key: string]: Json };
+
+/**
+ * Names one effect. `scope` is a relay's or an application's name for a kind of effect. Each part is 1 to 1024 bytes of
+ * UTF-8 without U+0000, and is compared byte for byte.
+ */
+export interface EffectKey {
+  /** The kind of effect: `charge`, or a relay's name. */
+  readonly scope: string;
+  /** The effect within its scope: an order number, or a message's id. */
+  readonly key: string;
+}
+
+/** The stable codes of {@linkcode EffectError}. Branch on these: two installed copies of a package make `instanceof` lie. */
+export type EffectErrorCode =
+  | "busy"
+  | "lease_lost"
+  | "uncertain"
+  | "rejected"
+  | "mismatch"
+  | "fenced"
+  | "diverged"
+  | "cursor_lost"
+  | "slot_lost"
+  | "schema_newer"
+  | "schema_missing"
+  | "source_invalid"
+  | "sink_invalid";
+
+/** The one error class of this package. A server's own error is its `cause`; bad arguments are `RangeError` or `TypeError`. */
+export class EffectError extends Error {
+  /** Always `EffectError`. */
+  override readonly name = "EffectError";
+  /** What kind of failure this is. */
+  readonly code: EffectErrorCode;
+  /** The stored answer of a `rejected` effect; otherwise null. */
+  readonly result: Json;
+
+  /** Makes an error with a stable code, and for `rejected` the stored answer. */
+  constructor(code: EffectErrorCode, message: string, options?: ErrorOptions & { result?: Json }) {
+    super(message, options);
+    this.code = code;
+    this.result = options?.result ?? null;
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------- runtime
+
+/** Time, randomness and scheduling, so that everything here runs under a simulation as well. */
+export interface Runtime {
+  /** Monotonic milliseconds. Used only to stop earlier than a lease ends; the store's clock decides about leases. */
+  now(): number;
+  /** A number from 0 up to, but not including, 1. */
+  random(): number;
+  /** Resolves after `ms` milliseconds, or at once when the signal fires; never rejects. */
+  sleep(ms: number, signal?: AbortSignal): Promise<void>;
+}
+
+/** The real clock, randomness and timers. */
+export const realRuntime: Runtime = {
+  now: () => performance.now(),
+  random: () => Math.random(),
+  sleep: (ms, signal) =>
+    new Promise((resolve) => {
+      if (signal?.aborted) return resolve();
+      const end = () => {
+        clearTimeout(timer);
+        signal?.removeEventListener("abort", end);
+        resolve();
+      };
+      const timer = setTimeout(end, Math.min(ms, 0x7fff_ffff));
+      signal?.addEventListener("abort", end);
+    }),
+};
+
+/** Exponential back-off with full jitter: anything from 0 to `minMs * 2^(attempt - 1)`, at most `maxMs`. */
+function backOff(attempt: number, minMs: number, maxMs: number, runtime: Runtime): number {
+  return Math.ceil(runtime.random() * Math.min(maxMs, minMs * 2 ** Math.min(attempt - 1, 30)));
+}
+
+function integer(name: string, value: number, min: number, max: number = Number.MAX_SAFE_INTEGER): number {
+  if (Number.isSafeInteger(value) && value >= min && value <= max) return value;
+  throw new RangeError(`Cannot use ${name} ${value}: it must be a whole number from ${min} to ${max}`);
+}
+
+// --------------------------------------------------------------------------------------------------------------- messages
+
+/** One message, as a source hands it out. */
+export interface Message {
+  /** Unique in its source; the idempotency key of its effect. */
+  readonly id: string;
+  /** What kind of message it is: the Kafka topic, or what takes its place. */
+  readonly topic: string;
+  /** Messages with the same key are delivered in order. Null: no order. */
+  readonly key: string | null;
+  /** The bytes. Null: a tombstone. */
+  readonly value: Uint8Array | null;
+  /** Names and texts. */
+  readonly headers: Readonly<Record<string, string>>;
+  /** When it was enqueued. */
+  readonly time: Date;
+  /**
+   * The value, parsed as JSON; a tombstone is null.
+   *
+   * @throws {SyntaxError} If the value is not JSON.
+   */
+  json<T = Json>(): T;
+  /**
+   * The value as UTF-8 text; a tombstone is the empty text.
+   *
+   * @throws {TypeError} If the value is not UTF-8.
+   */
+  text(): string;
+}
+
+/** A message to be enqueued. */
+export interface NewMessage {
+  /**
+   * Unique in the outbox, 1 to 1024 bytes.
+   *
+   * @default {a random UUID}
+   */
+  readonly id?: string;
+  /** Not empty. */
+  readonly topic: string;
+  /**
+   * The ordering key; null or left out: no order.
+   *
+   * @default {null}
+   */
+  readonly key?: string | null;
+  /** Bytes as they are; a string as its UTF-8; null is a tombstone; any other JSON as its compact text. */
+  readonly value: Json | Uint8Array;
+  /** Names and texts. A value given as JSON adds `content-type: application/json` where there is none. */
+  readonly headers?: Readonly<Record<string, string>>;
+}
+
+/** What a message consists of: what an adapter reads and writes. */
+export interface MessageFields {
+  /** See {@linkcode Message.id}. */
+  readonly id: string;
+  /** See {@linkcode Message.topic}. */
+  readonly topic: string;
+  /** See {@linkcode Message.key}. */
+  readonly key: string | null;
+  /** See {@linkcode Message.value}. */
+  readonly value: Uint8Array | null;
+  /** See {@linkcode Message.headers}. */
+  readonly headers: Readonly<Record<string, string>>;
+  /** See {@linkcode Message.time}. */
+  readonly time: Date;
+}
+
+const encoder = new TextEncoder();
+const utf8 = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });
+
+class StoredMessage implements Message {
+  readonly id: string;
+  readonly topic: string;
+  readonly key: string | null;
+  readonly value: Uint8Array | null;
+  readonly headers: Readonly<Record<string, string>>;
+  readonly time: Date;
+
+  constructor(fields: MessageFields) {
+    this.id = fields.id;
+    this.topic = fields.topic;
+    this.key = fields.key;
+    this.value = fields.value;
+    this.headers = fields.headers;
+    this.time = fields.time;
+  }
+
+  json<T = Json>(): T {
+    return this.value === null ? null as T : JSON.parse(this.text());
+  }
+
+  text(): string {
+    return this.value === null ? "" : utf8.decode(this.value);
+  }
+}
+
+/** For adapters: makes a {@linkcode Message} of its fields. */
+export function createMessage(fields: MessageFields): Message {
+  return new StoredMessage(fields);
+}
+
+/**
+ * For adapters: what an outbox stores for a new message, its time excepted.
+ *
+ * @throws {TypeError} If a part is missing or of the wrong kind.
+ * @throws {RangeError} If the id or topic is empty or too long.
+ */
+export function encodeMessage(message: NewMessage): Omit<MessageFields, "time"> {
+  const { id = crypto.randomUUID(), topic, key = null, value, headers = {} } = message;
+  checkText("message id", id);
+  checkText("topic", topic);
+  if (key !== null) checkText("message key", key);
+  for (const [name, text] of Object.entries(headers)) {
+    checkText("header name", name);
+    if (typeof text !== "string" || !text.isWellFormed() || text.includes("\0")) {
+      throw new TypeError(`Cannot use header "${name}": its value must be a text without U+0000`);
+    }
+  }
+  if (value === null || value instanceof Uint8Array) return { id, topic, key, value, headers };
+  if (typeof value === "string") return { id, topic, key, value: encoder.encode(value), headers };
+  const text: string | undefined = JSON.stringify(value);
+  if (text === undefined) throw new TypeError(`Cannot enqueue "${id}": its value must be JSON, a text or bytes`);
+  const typed = Object.keys(headers).some((name) => name.toLowerCase() === "content-type");
+  return {
+    id,
+    topic,
+    key,
+    value: encoder.encode(text),
+    headers: typed ? headers : { ...headers, "content-type": "application/json" },
+  };
+}
+
+function checkText(what: string, text: unknown): void {
+  if (typeof text !== "string") throw new TypeError(`Cannot use ${what} ${String(text)}: it must be a text`);
+  if (!text.isWellFormed() || text.includes("\0")) {
+    throw new TypeError(`Cannot use ${what} ${JSON.stringify(text)}: it must be Unicode text without U+0000`);
+  }
+  const bytes = text.length > 1024 ? text.length : encoder.encode(text).length;
+  if (bytes < 1 || bytes > 1024) {
+    throw new RangeError(`Cannot use ${what} of ${bytes} bytes: it must be 1 to 1024 bytes of UTF-8`);
+  }
+}
+
+// ----------------------------------------------------------------------------------------------------- claims: the states
+
+/**
+ * Where an effect stands: `claimed` (an owner with a lease works on it), `waiting` (to be tried again), `done`, `rejected`
+ * (refused for good), `uncertain` (started, never finished, not safe to repeat).
+ */
+export type EffectState = "claimed" | "waiting" | "done" | "rejected" | "uncertain";
+
+/** What `claim` answers. Outcomes are values; only failures throw. */
+export type Claim =
+  /** This caller owns the effect until its lease ends. The fence grows with every claim of a key. */
+  | {
+    readonly state: "claimed";
+    readonly fence: number;
+    /** 1 for the first try of this generation. */
+    readonly attempt: number;
+    /** 1, and one more each time that a refused or doubtful effect was allowed to run anew. */
+    readonly generation: number;
+    /** The bytes stored by the first claim; null where none were given. */
+    readonly request: Uint8Array | null;
+  }
+  /** Done before. `resultOmitted`: the result was not JSON or over 64 KiB, and was not kept. */
+  | { readonly state: "done"; readonly result: Json; readonly resultOmitted: boolean }
+  /** Refused for good, with its reason and answer. */
+  | { readonly state: "rejected"; readonly reason: string; readonly result: Json }
+  /** Another owner has it, or it waits for its next attempt, for about `retryMs` milliseconds. */
+  | { readonly state: "busy"; readonly retryMs: number }
+  /** Started `ageMs` after which nobody is known to work on it, and it is not known whether it happened. */
+  | { readonly state: "uncertain"; readonly since: Date; readonly ageMs: number; readonly fence: number }
+  /** The key was used with another request: an error of the caller. */
+  | { readonly state: "mismatch" };
+
+/** How to claim. */
+export interface ClaimOptions {
+  /** How long the claim holds, in milliseconds. A whole number from 1. */
+  readonly leaseMs: number;
+  /** Kept by the first claim and handed to every attempt; another request under the same key is a `mismatch`. */
+  readonly request?: Json | Uint8Array;
+  /** Compared instead of a request whose bytes are kept elsewhere. At most 1024 characters. */
+  readonly fingerprint?: string;
+  /**
+   * How long after its first attempt, in milliseconds, an interrupted effect may be repeated under the same idempotency key.
+   *
+   * @default {undefined} An interrupted effect is never repeated: it becomes `uncertain`.
+   */
+  readonly repeatWithinMs?: number;
+}
+
+/** How an attempt ended that was not done. */
+export interface AttemptFailure {
+  /** Known not to have happened; refused for good; or not known. */
+  readonly as: "retryable" | "rejected" | "unknown";
+  /** What a person should read. */
+  readonly reason: string;
+  /** The answer of a refusal. */
+  readonly result?: Json;
+  /** Wait this long before the next attempt. With `unknown`: the effect may be repeated; left out: it is `uncertain`. */
+  readonly retryMs?: number;
+}
+
+/** What a person, or `reconcile`, found out about an effect. */
+export type Resolution =
+  /** It happened. */
+  | { readonly as: "done"; readonly result?: Json }
+  /** It did not happen, and may run anew (under a new idempotency key if it may have been sent). */
+  | { readonly as: "absent" }
+  /** It shall never run. */
+  | { readonly as: "rejected"; readonly reason: string };
+
+/** One effect as `list` shows it. */
+export interface EffectRecord extends EffectKey {
+  /** Where it stands. */
+  readonly state: EffectState;
+  /** Attempts of this generation. */
+  readonly attempts: number;
+  /** Its last change; for `uncertain` the end of the attempt that left the doubt. */
+  readonly since: Date;
+  /** Why it waits, was refused or is in doubt; else null. */
+  readonly error: string | null;
+  /** What was recorded of `done` and `rejected`. */
+  readonly result: Json;
+  /** The outcome of an owner that came too late, kept for whoever looks into it; else null. */
+  readonly evidence: Json;
+}
+
+/** Which effects to list. */
+export interface ListOptions {
+  /** Only these. */
+  readonly state?: EffectState;
+  /** Only this scope. */
+  readonly scope?: string;
+  /** Only this key. */
+  readonly key?: string;
+  /**
+   * At most so many, from 1.
+   *
+   * @default {1000}
+   */
+  readonly limit?: number;
+  /** Only those behind this one, in byte order of scope and key. */
+  readonly after?: EffectKey;
+}
+
+/** What to prune. */
+export interface PruneOptions {
+  /**
+   * Only effects that ended at least so long ago, in milliseconds. Must exceed the time over which a message can come
+   * again (topic retention, age of dead letters): a pruned key is a new key.
+   */
+  readonly olderThanMs: number;
+  /**
+   * At most so many in one transaction, from 1.
+   *
+   * @default {1000}
+   */
+  readonly limit?: number;
+}
+
+/** What {@linkcode once} and {@linkcode relay} need of a store. Each call commits on its own; each change is fenced. */
+export interface ClaimStore {
+  /** A name for people, without secrets. */
+  readonly name: string;
+  /** Takes the effect for this caller, or says where it stands. At most one caller is told `claimed` per live lease. */
+  claim(key: EffectKey, options: ClaimOptions): Promise<Claim>;
+  /** The same for many, in one transaction; answers in the order of the keys. */
+  claimAll(claims: readonly (ClaimOptions & { readonly key: EffectKey })[]): Promise<readonly Claim[]>;
+  /**
+   * Records that the effect happened. Repeating it is harmless.
+   *
+   * @throws {EffectError} `lease_lost` if a later claim or a person was faster; the result is kept as evidence.
+   */
+  complete(key: EffectKey, fence: number, result?: Json): Promise<void>;
+  /** The same for many, in one transaction: true where recorded, false where the lease was lost. */
+  completeAll(completions: readonly Completion[]): Promise<readonly boolean[]>;
+  /**
+   * Extends the lease to `leaseMs` from now.
+   *
+   * @throws {EffectError} `lease_lost` if it has ended.
+   */
+  renew(key: EffectKey, fence: number, leaseMs: number): Promise<void>;
+  /**
+   * Records that the attempt is over without success, and answers where the effect stands now: a refusal is `uncertain`
+   * where an earlier attempt may have happened.
+   *
+   * @throws {EffectError} `lease_lost` if a later claim or a person was faster.
+   */
+  fail(key: EffectKey, fence: number, failure: AttemptFailure): Promise<EffectState>;
+  /**
+   * Ends a doubt or lifts a refusal. With `fence`: only if nothing has changed since.
+   *
+   * @throws {EffectError} `busy` under a live lease, `lease_lost` with another fence.
+   * @throws {RangeError} If there is no such effect, or it is done.
+   */
+  resolve(key: EffectKey, resolution: Resolution, fence?: number): Promise<void>;
+  /** Effects in byte order of scope and key. */
+  list(options?: ListOptions): Promise<readonly EffectRecord[]>;
+  /** How many effects stand where. */
+  count(): Promise<Readonly<Record<EffectState, number>>>;
+  /** Forgets effects that ended long ago; answers how many. Bounded: call it until it answers less than `limit`. */
+  prune(options: PruneOptions): Promise<number>;
+}
+
+/** One completion of a batch. */
+export interface Completion {
+  /** The effect. */
+  readonly key: EffectKey;
+  /** The fence of its claim. */
+  readonly fence: number;
+  /** Its result. */
+  readonly result?: Json;
+}
+
+/** Works inside an open transaction and commits nothing itself. A claim made here is done when the transaction commits. */
+export interface EffectTransaction {
+  /** Takes the effect for this transaction, or says where it stands. `claimed` at most once per key. */
+  claim(key: EffectKey, options?: { readonly request?: Json | Uint8Array }): Promise<Claim>;
+  /** The same for many; answers in the order of the keys. */
+  claimAll(keys: readonly EffectKey[]): Promise<readonly Claim[]>;
+  /**
+   * Adds a result to an effect that this transaction claimed, to be replayed; not needed where there is none.
+   *
+   * @throws {RangeError} If this transaction has not claimed it.
+   */
+  complete(key: EffectKey, result: Json): Promise<void>;
+  /** Puts messages into the outbox, in this order. */
+  enqueue(...messages: readonly NewMessage[]): Promise<void>;
+  /**
+   * Moves a relay's position on by one batch, in this transaction.
+   *
+   * @throws {EffectError} `fenced` if the stored position is not the one before `position`.
+   */
+  advance(owner: PositionOwner, position: Position): Promise<void>;
+}
+
+/** One statement in a transaction that somebody else opened (Kysely, Drizzle, Prisma, postgres.js …). */
+export type RunSql = (sql: string, values: readonly unknown[]) => Promise<readonly Record<string, unknown>[]>;
+
+/** A store in a database that the application writes as well. */
+export interface EffectStore<Client> extends ClaimStore {
+  /**
+   * Runs a function in a transaction of the store's own: committed if it resolves and no statement of the handle failed,
+   * else rolled back. Retried as a whole when the database was busy: the function must have no effect outside of it.
+   */
+  transaction<T>(run: (effects: EffectTransaction, client: Client) => Promise<T>): Promise<T>;
+  /** Works in the caller's own open transaction. */
+  join(open: Client | RunSql): EffectTransaction;
+  /** The positions that were committed with {@linkcode EffectTransaction.advance}, oldest first, the last 100 at least. */
+  positions(owner: PositionOwner): Promise<readonly Position[]>;
+  /** Whether an error is the database's own (busy, disk, connection), which says nothing about the statement. */
+  isDatabaseFailure(error: unknown): boolean;
+}
+
+/** A claim as it is stored: what adapters keep, one row per effect. */
+export interface EffectRow extends EffectKey {
+  /** Where the effect stands. */
+  readonly state: EffectState;
+  /** Grows with every claim and every resolution. */
+  readonly fence: number;
+  /** Attempts of this generation. */
+  readonly attempt: number;
+  /** 1, and one more with every leave to run anew. */
+  readonly generation: number;
+  /** End of the lease, of the wait, or of the attempt that left the doubt; in the store's milliseconds. */
+  readonly untilMs: number;
+  /** Start of the first attempt that may have happened; null if none may have. */
+  readonly firstMs: number | null;
+  /** Whether an attempt before the present one may have happened. */
+  readonly doubt: boolean;
+  /** Identifies the request; null where there is none. */
+  readonly fingerprint: string | null;
+  /** The request's bytes; null where they are kept elsewhere. */
+  readonly request: Uint8Array | null;
+  /** JSON text; null where there is none. */
+  readonly result: string | null;
+  /** Whether the result was not kept. */
+  readonly resultOmitted: boolean;
+  /** Why it waits, was refused or is in doubt. */
+  readonly reason: string | null;
+  /** JSON text of an outcome that came too late. */
+  readonly evidence: string | null;
+  /** Last change, in the store's milliseconds. */
+  readonly changedMs: number;
+}
+
+/** For adapters: reads a row under a lock, and answers what to write (nothing: leave it) and what to return. */
+export type EffectStep<T> = (row: EffectRow | undefined, nowMs: number) => {
+  readonly write?: EffectRow;
+  readonly answer: T;
+};
+
+/** For adapters: what a store's client must do; {@linkcode claimStore} makes a {@linkcode ClaimStore} of it. */
+export interface EffectRows {
+  /** A name for people, without secrets. */
+  readonly name: string;
+  /** Runs the steps in order in one transaction, each on its row as locked then, with the store's clock. */
+  change<T>(steps: readonly { readonly key: EffectKey; readonly step: EffectStep<T> }[]): Promise<readonly T[]>;
+  /** See {@linkcode ClaimStore.list}. */
+  list(options: ListOptions & { readonly limit: number }): Promise<readonly EffectRow[]>;
+  /** See {@linkcode ClaimStore.count}. */
+  count(): Promise<Readonly<Record<EffectState, number>>>;
+  /** See {@linkcode ClaimStore.prune}. */
+  prune(options: Required<PruneOptions>): Promise<number>;
+}
+
+/** Largest result that is kept, in bytes of JSON. */
+const RESULT_BYTES = 65_536;
+
+/** For adapters: the JSON text of a result, or that it cannot be kept. */
+export function encodeResult(result: Json | undefined): { readonly text: string | null; readonly omitted: boolean } {
+  if (result === undefined || result === null) return { text: null, omitted: false };
+  try {
+    const text: string | undefined = JSON.stringify(result);
+    if (text !== undefined && (text.length * 3 <= RESULT_BYTES || encoder.encode(text).length <= RESULT_BYTES)) {
+      return { text, omitted: false };
+    }
+  } catch {
+    // A bigint or a cycle: not JSON.
+  }
+  return { text: null, omitted: true };
+}
+
+/** The same JSON gives the same text, whatever the order of its members (RFC 8785 says more; this is for comparing only). */
+function canonical(value: Json): string {
+  if (value === null || typeof value !== "object") return JSON.stringify(value);
+  if (Array.isArray(value)) return `[${value.map(canonical).join(",")}]`;
+  const members = Object.entries(value).filter(([, member]) => member !== undefined);
+  return `{${members.sort(([a], [b]) => a < b ? -1 : 1).map(([k, v]) => `${JSON.stringify(k)}:${canonical(v)}`).join(",")}}`;
+}
+
+async function sha256(bytes: Uint8Array): Promise<string> {
+  const digest = new Uint8Array(await crypto.subtle.digest("SHA-256", bytes as Uint8Array<ArrayBuffer>));
+  return Array.from(digest, (byte) => byte.toString(16).padStart(2, "0")).join("");
+}
+
+/** For adapters: the bytes to keep of a request, and what identifies it whatever the order of its JSON members. */
+export async function encodeRequest(
+  request: Json | Uint8Array | undefined,
+): Promise<{ readonly bytes: Uint8Array | null; readonly fingerprint: string | null }> {
+  if (request === undefined) return { bytes: null, fingerprint: null };
+  if (request instanceof Uint8Array) return { bytes: request, fingerprint: `bytes-1:${await sha256(request)}` };
+  const text: string | undefined = JSON.stringify(request);
+  if (text === undefined) throw new TypeError("Cannot keep the request: it must be JSON or bytes");
+  return { bytes: encoder.encode(text), fingerprint: `json-1:${await sha256(encoder.encode(canonical(request)))}` };
+}
+
+/** For adapters: refuses an effect key that is missing, empty or too long. */
+export function checkKey(key: EffectKey): void {
+  checkText("effect scope", key?.scope);
+  checkText("effect key", key?.key);
+}
+
+/** For adapters: what a claim answers about a row that is there already, as long as it may not be taken. */
+export function standing(row: EffectRow, fingerprint: string | null, nowMs: number): Claim | undefined {
+  if (row.fingerprint !== fingerprint) return { state: "mismatch" };
+  const result: Json = row.result === null ? null : JSON.parse(row.result);
+  if (row.state === "done") return { state: "done", result, resultOmitted: row.resultOmitted };
+  if (row.state === "rejected") return { state: "rejected", reason: row.reason ?? "", result };
+  if (row.state !== "uncertain" && row.untilMs > nowMs) return { state: "busy", retryMs: row.untilMs - nowMs };
+  return undefined;
+}
+
+function doubtful(row: EffectRow, nowMs: number): Claim {
+  return {
+    state: "uncertain",
+    since: new Date(row.untilMs),
+    ageMs: Math.max(0, nowMs - row.untilMs),
+    fence: row.fence,
+  };
+}
+
+/** For adapters: the first row of an effect. */
+export function newEffectRow(key: EffectKey, nowMs: number, fields: Partial<EffectRow>): EffectRow {
+  return {
+    scope: key.scope,
+    key: key.key,
+    state: "claimed",
+    fence: 1,
+    attempt: 1,
+    generation: 1,
+    untilMs: nowMs,
+    firstMs: nowMs,
+    doubt: false,
+    fingerprint: null,
+    request: null,
+    result: null,
+    resultOmitted: false,
+    reason: null,
+    evidence: null,
+    changedMs: nowMs,
+    ...fields,
+  };
+}
+
+function claimStep(
+  key: EffectKey,
+  { leaseMs, repeatWithinMs }: ClaimOptions,
+  fingerprint: string | null,
+  request: Uint8Array | null,
+): EffectStep<Claim> {
+  return (row, now) => {
+    const take = (write: EffectRow) => {
+      const { fence, attempt, generation, request } = write;
+      return { write, answer: { state: "claimed", fence, attempt, generation, request } as const };
+    };
+    if (!row) return take(newEffectRow(key, now, { untilMs: now + leaseMs, fingerprint, request }));
+    const answer = standing(row, fingerprint, now);
+    if (answer) return { answer };
+    const doubt = row.firstMs !== null;
+    if (row.firstMs === null || repeatWithinMs !== undefined && now - row.firstMs <= repeatWithinMs) {
+      return take({
+        ...row,
+        state: "claimed",
+        fence: row.fence + 1,
+        attempt: row.attempt + 1,
+        untilMs: now + leaseMs,
+        firstMs: row.firstMs ?? now,
+        doubt,
+        changedMs: now,
+      });
+    }
+    if (row.state === "uncertain") return { answer: doubtful(row, now) };
+    // The fence stays: a late but known outcome of the first owner can still end the doubt.
+    const reason = row.reason ?? "interrupted: the attempt was started and its outcome was never recorded";
+    const write: EffectRow = { ...row, state: "uncertain", reason, changedMs: now };
+    return { write, answer: doubtful(write, now) };
+  };
+}
+
+type Fenced<T> = { readonly lost: string } | { readonly value: T };
+
+/** A change by the owner of `fence`; an owner that comes too late changes nothing but leaves its outcome as evidence. */
+function fencedStep<T>(
+  fence: number,
+  states: readonly EffectState[],
+  outcome: Json | undefined,
+  change: (row: EffectRow, now: number) => { write?: EffectRow; value: T },
+): EffectStep<Fenced<T>> {
+  return (row, now) => {
+    if (!row) return { answer: { lost: "it was never claimed, or has been pruned" } };
+    if (row.fence === fence && states.includes(row.state)) {
+      const { write, value } = change(row, now);
+      return { write, answer: { value } };
+    }
+    const lost = row.fence === fence ? `it is ${row.state}` : `fence ${fence} has been overtaken by ${row.fence}`;
+    if (outcome === undefined) return { answer: { lost } };
+    const { text } = encodeResult({ fence, ...outcome as { readonly [key: string]: Json } });
+    return { write: { ...row, evidence: text ?? row.evidence }, answer: { lost } };
+  };
+}
+
+function completeStep(fence: number, result: Json | undefined): EffectStep<Fenced<void>> {
+  const { text, omitted } = encodeResult(result);
+  const evidence: Json = { done: true, result: omitted ? null : result ?? null };
+  return fencedStep(fence, ["claimed", "uncertain", "done"], evidence, (row, now) => ({
+    // Done already under this fence: the answer to the first complete was lost on its way.
+    write: row.state === "done"
+      ? undefined
+      : { ...row, state: "done", result: text, resultOmitted: omitted, reason: null, changedMs: now },
+    value: undefined,
+  }));
+}
+
+function failStep(fence: number, failure: AttemptFailure): EffectStep<Fenced<EffectState>> {
+  const { as, reason, retryMs } = failure;
+  const { text } = encodeResult(failure.result);
+  return fencedStep(fence, ["claimed"], { failed: as, reason }, (row, now) => {
+    const base = { ...row, reason, untilMs: now + (retryMs ?? 0), changedMs: now };
+    const write: EffectRow = as === "retryable"
+      ? { ...base, state: "waiting", firstMs: row.doubt ? row.firstMs : null }
+      : as === "rejected" && !row.doubt
+      ? { ...base, state: "rejected", result: text, firstMs: null }
+      : as === "unknown" && retryMs !== undefined
+      ? { ...base, state: "waiting" }
+      // A refusal too: it speaks of its own attempt, and an earlier one may have happened.
+      : { ...base, state: "uncertain", untilMs: now };
+    return { write, value: write.state };
+  });
+}
+
+function renewStep(fence: number, leaseMs: number): EffectStep<Fenced<void>> {
+  return (row, now) => {
+    if (row?.state === "claimed" && row.fence === fence && row.untilMs <= now) {
+      return { answer: { lost: "its lease has ended" } };
+    }
+    return fencedStep(fence, ["claimed"], undefined, (row) => ({
+      write: { ...row, untilMs: Math.max(row.untilMs, now + leaseMs) },
+      value: undefined,
+    }))(row, now);
+  };
+}
+
+function resolveStep(key: EffectKey, resolution: Resolution, fence: number | undefined): EffectStep<Error | undefined> {
+  return (row, now) => {
+    const refuse = (error: Error) => ({ answer: error });
+    const named = `Cannot resolve effect "${key.key}" of "${key.scope}"`;
+    if (!row) return refuse(new RangeError(`${named}: there is no such effect`));
+    if (fence !== undefined && row.fence !== fence) {
+      return refuse(new EffectError("lease_lost", `${named}: fence ${fence} has been overtaken by ${row.fence}`));
+    }
+    if (row.state === "done") return refuse(new RangeError(`${named}: it is done`));
+    if (row.state === "claimed" && row.untilMs > now) {
+      return refuse(new EffectError("busy", `${named}: an owner works on it for ${row.untilMs - now} ms more`));
+    }
+    const base = { ...row, fence: row.fence + 1, untilMs: now, changedMs: now };
+    if (resolution.as === "done") {
+      const { text, omitted } = encodeResult(resolution.result);
+      return {
+        write: { ...base, state: "done", result: text, resultOmitted: omitted, reason: null },
+        answer: undefined,
+      };
+    }
+    if (resolution.as === "rejected") {
+      return { write: { ...base, state: "rejected", reason: resolution.reason, result: null }, answer: undefined };
+    }
+    // A new generation means a new idempotency key: under the old one a target would answer what it has stored.
+    const sent = row.firstMs !== null || row.state === "rejected";
+    return {
+      write: {
+        ...base,
+        state: "waiting",
+        attempt: 0,
+        firstMs: null,
+        doubt: false,
+        result: null,
+        generation: row.generation + (sent ? 1 : 0),
+      },
+      answer: undefined,
+    };
+  };
+}
+
+function lost(action: string, key: EffectKey, why: string): EffectError {
+  return new EffectError("lease_lost", `Cannot ${action} effect "${key.key}" of "${key.scope}": ${why}`);
+}
+
+/** For adapters: makes a {@linkcode ClaimStore} of what a client can do. All stores share this one state machine. */
+export function claimStore(rows: EffectRows): ClaimStore {
+  async function fenced<T>(action: string, key: EffectKey, step: EffectStep<Fenced<T>>): Promise<T> {
+    checkKey(key);
+    const [answer] = await rows.change([{ key, step }]);
+    if ("lost" in answer!) throw lost(action, key, answer.lost);
+    return answer!.value;
+  }
+  async function claimAll(claims: readonly (ClaimOptions & { readonly key: EffectKey })[]): Promise<readonly Claim[]> {
+    const steps = [];
+    for (const options of claims) {
+      const { key, leaseMs, request, fingerprint } = options;
+      checkKey(key);
+      integer("leaseMs", leaseMs, 1);
+      const encoded = await encodeRequest(request);
+      steps.push({ key, step: claimStep(key, options, fingerprint ?? encoded.fingerprint, encoded.bytes) });
+    }
+    return await rows.change(steps);
+  }
+  return {
+    name: rows.name,
+    claimAll,
+    claim: async (key, options) => (await claimAll([{ key, ...options }]))[0]!,
+    complete: (key, fence, result) => fenced("complete", key, completeStep(fence, result)),
+    async completeAll(completions) {
+      for (const { key } of completions) checkKey(key);
+      const steps = completions.map(({ key, fence, result }) => ({ key, step: completeStep(fence, result) }));
+      return (await rows.change(steps)).map((answer) => "value" in answer);
+    },
+    renew: (key, fence, leaseMs) => fenced("renew", key, renewStep(fence, integer("leaseMs", leaseMs, 1))),
+    fail: (key, fence, failure) => fenced("fail", key, failStep(fence, failure)),
+    async resolve(key, resolution, fence) {
+      checkKey(key);
+      const [error] = await rows.change([{ key, step: resolveStep(key, resolution, fence) }]);
+      if (error) throw error;
+    },
+    async list(options = {}) {
+      const found = await rows.list({ ...options, limit: integer("limit", options.limit ?? 1000, 1) });
+      return found.map((row) => ({
+        scope: row.scope,
+        key: row.key,
+        state: row.state,
+        attempts: row.attempt,
+        since: new Date(row.state === "uncertain" ? row.untilMs : row.changedMs),
+        error: row.reason,
+        result: row.result === null ? null : JSON.parse(row.result),
+        evidence: row.evidence === null ? null : JSON.parse(row.evidence),
+      }));
+    },
+    count: () => rows.count(),
+    prune: ({ olderThanMs, limit = 1000 }) =>
+      rows.prune({ olderThanMs: integer("olderThanMs", olderThanMs, 0), limit: integer("limit", limit, 1) }),
+  };
+}
+
+// ------------------------------------------------------------------------------------------------------------------- once
+
+/** What an effect is given. */
+export interface Attempt<Q> {
+  /** The same on every attempt: a function of the effect's key and generation. ASCII where scope and key are. */
+  readonly idempotencyKey: string;
+  /** 1 for the first attempt. */
+  readonly number: number;
+  /** What was stored by the first claim: the same bytes on every attempt. */
+  readonly request: Q;
+  /** Fires before the lease ends: stop, another owner may take over. */
+  readonly signal: AbortSignal;
+}
+
+/** What `reconcile` found at the destination. */
+export type Found<R> =
+  /** It happened; this was its result. */
+  | { readonly state: "done"; readonly result: R }
+  /** It did not happen and no attempt is under way. */
+  | { readonly state: "absent" }
+  /** The destination cannot tell. */
+  | { readonly state: "unknown" };
+
+/** How {@linkcode once} runs an effect. */
+export type OnceOptions<R, Q> =
+  & {
+    /** Stored at the first claim and handed to every attempt; another request under the same key is an error. */
+    readonly request?: Q;
+    /**
+     * How long this owner may be silent before others take over, in milliseconds, from 10. Renewed while the effect runs.
+     *
+     * @default {30_000}
+     */
+    readonly leaseMs?: number;
+    /**
+     * How long to wait for another owner before the error `busy`, in milliseconds.
+     *
+     * @default {5_000}
+     */
+    readonly waitMs?: number;
+    /** Gives up waiting, and fires the attempt's signal. */
+    readonly signal?: AbortSignal;
+    /** Asks the destination about an effect in doubt. */
+    reconcile?(key: EffectKey): Promise<Found<R>>;
+    /**
+     * How long after the end of the doubtful attempt `reconcile` is asked at the earliest, in milliseconds: what was sent
+     * last must have arrived by then.
+     *
+     * @default {5_000}
+     */
+    readonly settleMs?: number;
+    /** Hears of what happens. */
+    observe?(event: EffectEvent): void;
+    /** Time, randomness and scheduling. */
+    readonly runtime?: Runtime;
+  }
+  & (
+    /** The destination dedupes by `idempotencyKey` for `dedupeWindowMs`: repeat, but never past 80 % of it. */
+    | { readonly repeat: "same-key"; readonly dedupeWindowMs: number }
+    /** An interrupted effect is in doubt. */
+    | { readonly repeat?: "never" }
+  );
+
+/** What the observers of {@linkcode once} hear. */
+export type EffectEvent =
+  | { readonly type: "claimed"; readonly scope: string; readonly key: string; readonly attempt: number }
+  | { readonly type: "uncertain"; readonly scope: string; readonly key: string; readonly reason: string }
+  | { readonly type: "lease_lost"; readonly scope: string; readonly key: string }
+  | { readonly type: "result_omitted"; readonly scope: string; readonly key: string };
+
+const OUTCOME: unique symbol = Symbol.for("effectonce.outcome") as never;
+interface Outcome extends Error {
+  readonly [OUTCOME]: { readonly as: "rejected" | "retryable"; readonly result?: Json; readonly afterMs?: number };
+}
+function outcome(reason: string, details: Outcome[typeof OUTCOME]): Error {
+  return Object.assign(new Error(reason), { [OUTCOME]: details });
+}
+function outcomeOf(error: unknown): Outcome[typeof OUTCOME] | undefined {
+  return error instanceof Error && OUTCOME in error ? (error as Outcome)[OUTCOME] : undefined;
+}
+function reasonOf(error: unknown): string {
+  return (error instanceof Error ? error.message : String(error)).slice(0, 1000);
+}
+
+/** Thrown by an effect: refused for good. The answer is replayed to later callers. */
+export function rejected(reason: string, result?: Json): Error {
+  return outcome(reason, { as: "rejected", result });
+}
+
+/** Thrown by an effect: known not to have happened; try again, after `afterMs` at the earliest. Anything else is unknown. */
+export function retryable(reason: string, options: { readonly afterMs?: number } = {}): Error {
+  return outcome(reason, { as: "retryable", afterMs: options.afterMs });
+}
+
+/** A dedupe window's share within which an effect may be repeated: the destination's clock and ours differ. */
+const repeatWithin = (windowMs: number): number => Math.floor(integer("dedupeWindowMs", windowMs, 1) * 0.8);
+
+function generationKey(key: string, generation: number): string {
+  return generation === 1 ? key : `${key};generation=${generation}`;
+}
+
+/** Runs a call under a lease: renews it meanwhile, and fires the call's signal before it ends. */
+async function underLease<T>(
+  lease: {
+    readonly store: Pick<ClaimStore, "renew">;
+    readonly key: EffectKey;
+    readonly fence: number;
+    readonly leaseMs: number;
+    /** Monotonic time just before the claim was asked for: the lease is at least `leaseMs` from then. */
+    readonly since: number;
+    readonly signal?: AbortSignal;
+    readonly runtime: Runtime;
+  },
+  run: (signal: AbortSignal) => Promise<T>,
+): Promise<T> {
+  const { store, key, fence, leaseMs, runtime, signal } = lease;
+  const stop = new AbortController();
+  const over = new AbortController();
+  let endsAt = lease.since + leaseMs;
+  const forward = () => stop.abort(signal?.reason);
+  if (signal?.aborted) forward();
+  signal?.addEventListener("abort", forward);
+  async function renew(): Promise<void> {
+    for (;;) {
+      await runtime.sleep(leaseMs / 3, over.signal);
+      if (over.signal.aborted) return;
+      const before = runtime.now();
+      try {
+        await store.renew(key, fence, leaseMs);
+        endsAt = before + leaseMs;
+      } catch (error) {
+        // Any other error may pass: the deadline below does not depend on it.
+        if (error instanceof Error && "code" in error && error.code === "lease_lost") return stop.abort(error);
+      }
+    }
+  }
+  async function watch(): Promise<void> {
+    // A tenth of the lease is the margin for a call to notice its signal.
+    for (let left: number; (left = endsAt - leaseMs / 10 - runtime.now()) > 0;) {
+      await runtime.sleep(left, over.signal);
+      if (over.signal.aborted) return;
+    }
+    stop.abort(lost("go on with", key, "its lease is about to end"));
+  }
+  renew();
+  watch();
+  try {
+    return await run(stop.signal);
+  } finally {
+    over.abort();
+    signal?.removeEventListener("abort", forward);
+  }
+}
+
+/**
+ * Runs an external effect once per key; a repeated key gets the stored result.
+ *
+ * The effect throws {@linkcode rejected} or {@linkcode retryable} where it knows; anything else it throws leaves open whether
+ * it happened. A result that is not JSON or over 64 KiB is returned, but not kept: later callers get null.
+ *
+ * @throws {EffectError} `busy`: another owner still works on it. `uncertain`: it may have happened, and is not safe to
+ * repeat. `rejected`: it was refused, now or before. `mismatch`: the key was used with another request.
+ */
+export async function once<R extends Json | void, Q extends Json | Uint8Array = null>(
+  store: ClaimStore,
+  key: EffectKey,
+  effect: (attempt: Attempt<Q>) => Promise<R>,
+  options: OnceOptions<R, Q> = {},
+): Promise<R> {
+  const { request, leaseMs = 30_000, waitMs = 5_000, settleMs = 5_000, signal, reconcile, observe } = options;
+  const { runtime = realRuntime } = options;
+  checkKey(key);
+  integer("leaseMs", leaseMs, 10);
+  integer("waitMs", waitMs, 0);
+  const repeatWithinMs = options.repeat === "same-key" ? repeatWithin(options.dedupeWindowMs) : undefined;
+  const { scope } = key;
+  const named = `Effect "${key.key}" of "${scope}"`;
+  const giveUpAt = runtime.now() + waitMs;
+  const wait = async (ms: number, error: () => EffectError): Promise<void> => {
+    const left = giveUpAt - runtime.now();
+    if (left <= 0) throw error();
+    await runtime.sleep(Math.min(ms, left), signal);
+    signal?.throwIfAborted();
+  };
+  const inDoubt = (reason: string, cause?: unknown): EffectError => {
+    observe?.({ type: "uncertain", scope, key: key.key, reason });
+    return new EffectError("uncertain", `${named} may have happened: ${reason}`, { cause });
+  };
+
+  for (let polls = 1;; polls++) {
+    const since = runtime.now();
+    const claim = await store.claim(key, { leaseMs, request, repeatWithinMs });
+    switch (claim.state) {
+      case "done":
+        return claim.result as R;
+      case "rejected":
+        throw new EffectError("rejected", `${named} was refused: ${claim.reason}`, { result: claim.result });
+      case "mismatch":
+        throw new EffectError("mismatch", `${named} was claimed with another request: use a new key for a new request`);
+      case "busy":
+        await wait(Math.min(claim.retryMs, 10 * 2 ** Math.min(polls, 5)), () => {
+          return new EffectError("busy", `${named} is being worked on, for ${claim.retryMs} ms more at most`);
+        });
+        continue;
+      case "uncertain": {
+        if (!reconcile) throw inDoubt("it was started and its outcome was never recorded");
+        if (claim.ageMs < settleMs) {
+          await wait(settleMs - claim.ageMs, () => inDoubt("too early to ask the destination"));
+          continue;
+        }
+        const found = await reconcile(key);
+        if (found.state === "unknown") throw inDoubt("the destination cannot tell");
+        try {
+          if (found.state === "absent") await store.resolve(key, { as: "absent" }, claim.fence);
+          else await store.complete(key, claim.fence, found.result as Json);
+        } catch (error) {
+          if (!isCode(error, "lease_lost")) throw error; // Else somebody was faster: ask again.
+        }
+        continue;
+      }
+      case "claimed":
+    }
+    const { fence, attempt } = claim;
+    observe?.({ type: "claimed", scope, key: key.key, attempt });
+    const stored = claim.request === null
+      ? null
+      : request instanceof Uint8Array
+      ? claim.request
+      : JSON.parse(utf8.decode(claim.request));
+    const idempotencyKey = generationKey(`${encodeURIComponent(scope)}:${key.key}`, claim.generation);
+    let result: R;
+    try {
+      result = await underLease(
+        { store, key, fence, leaseMs, since, signal, runtime },
+        (signal) => effect({ idempotencyKey, number: attempt, request: stored as Q, signal }),
+      );
+    } catch (error) {
+      const known = outcomeOf(error);
+      const retryMs = known?.afterMs ?? (known || repeatWithinMs !== undefined ? 0 : undefined);
+      const failure = { as: known?.as ?? "unknown", reason: reasonOf(error), result: known?.result, retryMs } as const;
+      let state: EffectState;
+      try {
+        state = await store.fail(key, fence, failure);
+      } catch (failed) {
+        if (!isCode(failed, "lease_lost")) throw failed;
+        observe?.({ type: "lease_lost", scope, key: key.key });
+        continue; // The truth is in the store.
+      }
+      if (state === "rejected") {
+        throw new EffectError("rejected", `${named} was refused: ${reasonOf(error)}`, {
+          cause: error,
+          result: known?.result,
+        });
+      }
+      if (state !== "uncertain") throw error;
+      if (!reconcile) throw inDoubt(reasonOf(error), error);
+      continue;
+    }
+    try {
+      await persist(runtime, () => store.complete(key, fence, result as Json));
+    } catch (error) {
+      if (!isCode(error, "lease_lost")) throw error;
+      observe?.({ type: "lease_lost", scope, key: key.key });
+      continue;
+    }
+    if (encodeResult(result as Json).omitted) observe?.({ type: "result_omitted", scope, key: key.key });
+    return result;
+  }
+}
+
+/** Whether an error may pass by itself: what this package reports does not, unless the database was busy. */
+function isPassing(error: unknown): boolean {
+  return !(error instanceof Error && error.name === "EffectError") || isCode(error, "busy");
+}
+
+function isCode(error: unknown, code: EffectErrorCode): boolean {
+  return error instanceof Error && "code" in error && error.code === code;
+}
+
+/** What has happened outside must be written down: tries a few times before the outcome is left in doubt. */
+async function persist<T>(runtime: Runtime, write: () => Promise<T>): Promise<T> {
+  for (let attempt = 1;; attempt++) {
+    try {
+      return await write();
+    } catch (error) {
+      if (attempt === 5 || isCode(error, "lease_lost")) throw error;
+      await runtime.sleep(backOff(attempt, 50, 1000, runtime));
+    }
+  }
+}
+
+// ------------------------------------------------------------------------------------------------------ positions, batches
+
+/** Where a sink stands: the number and identity of the last batch that it committed, and what was in it. */
+export interface Position {
+  /** 1 for the first batch, and one more each time; 0 before it. */
+  readonly n: number;
+  /** SHA-256, in hex, of {@linkcode chainText}: identifies this batch and all before it. Empty for 0. */
+  readonly uid: string;
+  /** The uid of the batch before. */
+  readonly prev: string;
+  /** The rows: number (as text) and id of each. */
+  readonly rows: readonly (readonly [seq: string, id: string])[];
+}
+
+/** A sealed batch: its content and order are fixed in the source before it is first sent. */
+export interface Batch extends Position {
+  /** The messages of its rows; rows that a user deleted meanwhile are missing. */
+  readonly messages: readonly Message[];
+}
+
+/** Whose position it is. */
+export interface PositionOwner {
+  /** The relay's name. */
+  readonly relay: string;
+  /** The source's own identity, such as the outbox's UUID. */
+  readonly source: string;
+}
+
+/** Before the first batch. */
+export const START: Position = { n: 0, uid: "", prev: "", rows: [] };
+
+/** For sources: the text whose SHA-256, in hex, is a batch's uid. */
+export function chainText(prev: string, rows: Position["rows"]): string {
+  return prev + JSON.stringify(rows);
+}
+
+/** What a source remembers of the batches it has sealed. */
+export interface Shard {
+  /** Number of the last batch that was sealed. */
+  readonly sealed: number;
+  /** Its uid. */
+  readonly sealedUid: string;
+  /** Number of the last batch whose rows were deleted. */
+  readonly settled: number;
+  /** Its uid. */
+  readonly settledUid: string;
+}
+
+/** What a source must do before it seals the next batch. */
+export interface SettlePlan {
+  /** Rows to delete from the outbox: those of every batch that the sink has committed. */
+  readonly settle: Position["rows"];
+  /** Batches that stay: sealed, not committed yet. Delete all others. */
+  readonly remaining: readonly Position[];
+  /** The shard's new row. */
+  readonly shard: Shard;
+  /** Batches that the sink has and the source had lost: its database went back in time. Empty otherwise. */
+  readonly repaired: readonly Position[];
+}
+
+/**
+ * For sources: compares the batches of the source with those that the sink has committed.
+ *
+ * @param ring What the sink has committed, oldest first; the last is its cursor.
+ * @throws {EffectError} `fenced` if another relay has settled more than the cursor tells: the cursor is old.
+ * `diverged` if the database went back in time, further than the ring reaches.
+ */
+export function settlePlan(shard: Shard, batches: readonly Position[], ring: readonly Position[]): SettlePlan {
+  const cursor = ring.at(-1) ?? START;
+  if (shard.settled > cursor.n) {
+    throw new EffectError(
+      "fenced",
+      `Another relay is ahead: it has settled batch ${shard.settled} of ${cursor.n} known here`,
+    );
+  }
+  const uidOf = (n: number) => n === shard.settled ? shard.settledUid : batches.find((batch) => batch.n === n)?.uid;
+  const settled = { settled: cursor.n, settledUid: cursor.uid };
+  if (shard.sealed >= cursor.n && uidOf(cursor.n) === cursor.uid) {
+    return {
+      settle: batches.filter((batch) => batch.n <= cursor.n).flatMap((batch) => batch.rows),
+      remaining: batches.filter((batch) => batch.n > cursor.n),
+      shard: { ...shard, ...settled },
+      repaired: [],
+    };
+  }
+  // A number does not identify a batch: after a failover another one may carry it. The uid does.
+  let fork = Math.min(shard.sealed, cursor.n);
+  const ringUid = (n: number) => n === 0 ? "" : ring.find((position) => position.n === n)?.uid;
+  while (fork >= shard.settled && uidOf(fork) !== ringUid(fork)) fork--;
+  const repaired = ring.filter((position) => position.n > fork);
+  if (fork < shard.settled || repaired.length !== cursor.n - fork) {
+    throw new EffectError(
+      "diverged",
+      `The source has lost batches that were delivered: it knows ${shard.settled} to ${shard.sealed}, the sink has ` +
+        `${cursor.n}, and the last ${ring.length} that the sink remembers do not reach back to where they agree. ` +
+        `Was the database restored from a backup? Rows up to that batch may be in the sink already`,
+    );
+  }
+  const kept = batches.filter((batch) => batch.n <= fork);
+  return {
+    settle: [...kept, ...repaired].flatMap((batch) => batch.rows),
+    remaining: [],
+    shard: { sealed: cursor.n, sealedUid: cursor.uid, ...settled },
+    repaired,
+  };
+}
+
+// ------------------------------------------------------------------------------------------------------- sources and sinks
+
+/** How messages get from a source to a sink; see {@linkcode Guarantee}. */
+export type Protocol = "sealed" | "claimed" | "plain";
+
+/** What a relay tells the source when it starts. */
+export interface SourceOptions {
+  /** The relay's name. */
+  readonly relay: string;
+  /** The protocol it will use. */
+  readonly protocol: Protocol;
+  /** Whether a parked message holds back the later ones of its key. */
+  readonly onPark: "block" | "skip";
+  /** How long the source may take a silent relay for alive, in milliseconds. */
+  readonly leaseMs: number;
+}
+
+/** Where messages come from. */
+export interface Source {
+  /** A name for people, without secrets. */
+  readonly name: string;
+  /** Whether it seals batches, for sinks that commit a position. */
+  readonly seals: boolean;
+  /**
+   * Registers a relay.
+   *
+   * @throws {EffectError} `source_invalid` if a relay of another name has overlapping topics, or the source is unusable.
+   */
+  open(options: SourceOptions): Promise<SourceSession>;
+}
+
+/** How much to read. */
+export interface ReadLimits {
+  /** At most so many messages, from 1. */
+  readonly rows: number;
+  /** At most so many bytes of values, but always one message. */
+  readonly bytes: number;
+}
+
+/** A message that is not to be delivered now. */
+export interface Park {
+  /** The message. */
+  readonly message: Message;
+  /** What a person should read. */
+  readonly reason: string;
+  /** Try again after so many milliseconds; null: only when a person says so. */
+  readonly retryMs: number | null;
+}
+
+/** A source with a relay registered. */
+export interface SourceSession {
+  /** The source's own identity, such as the outbox's UUID. */
+  readonly id: string;
+  /** Whether a relay of this name ended here without a word, and may have left something behind. */
+  readonly inherited: boolean;
+  /**
+   * The first undelivered messages, in order, whatever was read before; none that waits, is parked, or is held back.
+   * `waitMs`: when the next one will have waited long enough; null if none waits.
+   */
+  read(limits: ReadLimits): Promise<{ readonly messages: readonly Message[]; readonly waitMs: number | null }>;
+  /** These are delivered. */
+  settle(messages: readonly Message[]): Promise<void>;
+  /** These wait, or are parked. */
+  park(parks: readonly Park[]): Promise<void>;
+  /** The number of the last batch that was settled. */
+  settled(): Promise<number>;
+  /**
+   * Settles what the sink has committed, seals the next batch unless two are sealed already, and hands out all sealed ones.
+   *
+   * @throws {EffectError} As {@linkcode settlePlan}.
+   */
+  seal(ring: readonly Position[], limits: ReadLimits): Promise<{
+    readonly batches: readonly Batch[];
+    readonly waitMs: number | null;
+    readonly repaired: readonly Position[];
+  }>;
+  /** Takes apart the batches that are not committed, and parks messages. Only while nothing is on its way. */
+  unseal(ring: readonly Position[], parks: readonly Park[]): Promise<void>;
+  /** Tells the source that the relay is alive; called every third of `leaseMs`. */
+  renew(): Promise<void>;
+  /** The relay ends; `settled`: it leaves nothing behind, and another name may take over. */
+  close(settled: boolean): Promise<void>;
+}
+
+/** What a sink is given with a message. */
+export type Delivery = Omit<Attempt<null>, "request">;
+
+/** A sink that delivers message by message and cannot commit a position. */
+export interface CallSink {
+  /** Delivers by calls. */
+  readonly kind: "call";
+  /** A name for people, without secrets. */
+  readonly name: string;
+  /**
+   * After an unknown outcome: `never` send again; `same-key`: the target dedupes by idempotency key; `always`: duplicates do
+   * no harm.
+   */
+  readonly repeat: "never" | "same-key" | "always";
+  /** How long the target remembers a key, in milliseconds; needed with `same-key`. */
+  readonly dedupeWindowMs?: number;
+  /** Delivers one message; what it resolves to is kept. It throws as {@linkcode once} describes. */
+  deliver(message: Message, delivery: Delivery): Promise<Json>;
+  /** Asks the target about a message in doubt. */
+  reconcile?(message: Message, delivery: Delivery): Promise<Found<Json>>;
+}
+
+/** A sink that commits its position together with the records. */
+export interface AtomicSink {
+  /** Commits batches. */
+  readonly kind: "atomic";
+  /** A name for people, without secrets. */
+  readonly name: string;
+  /**
+   * Fences the previous owner, and reads the position back.
+   *
+   * @throws {EffectError} `fenced` if another relay holds it, `sink_invalid` if it is not what it should be.
+   */
+  open(owner: PositionOwner): Promise<AtomicSession>;
+}
+
+/** An atomic sink that is open. */
+export interface AtomicSession {
+  /** The positions committed last, oldest first: what repairs a source that went back in time. */
+  readonly ring: readonly Position[];
+  /**
+   * Commits a batch and its position, all or nothing.
+   *
+   * @throws {EffectError} `fenced` if the position is not the one before the batch.
+   * @throws {Error} As {@linkcode refusedMessage} if nothing was committed because of one message. Anything else: not known.
+   */
+  commit(batch: Batch): Promise<void>;
+  /** Lets go of what `open` took. */
+  close(): Promise<void>;
+}
+
+/** Where messages go. */
+export type Sink = CallSink | AtomicSink;
+
+const REFUSED: unique symbol = Symbol.for("effectonce.refused") as never;
+interface RefusedMessage extends Error {
+  readonly [REFUSED]: Message;
+}
+
+/**
+ * For atomic sinks: an error that says that nothing was committed, because of this message alone. A `cause` made by
+ * {@linkcode rejected} parks it at once; any other is tried again.
+ */
+export function refusedMessage(message: Message, cause: unknown): Error {
+  return Object.assign(new Error(reasonOf(cause), { cause }), { [REFUSED]: message });
+}
+
+/** How {@linkcode handler} works. */
+export interface HandlerOptions {
+  /** The business key to dedupe by, within the relay's name as scope; without it the position alone prevents repetition. */
+  key?(message: Message): string;
+}
+
+/**
+ * A sink that is the user's function: its writes, the claim and the source's position commit in one transaction. A message
+ * whose function throws is tried again with back-off, alone, and parked in the end; {@linkcode rejected} parks it at once.
+ */
+export function handler<C>(
+  store: EffectStore<C>,
+  run: (message: Message, effects: EffectTransaction, client: C) => Promise<void>,
+  options: HandlerOptions = {},
+): AtomicSink {
+  async function handle(message: Message, owner: PositionOwner, effects: EffectTransaction, client: C): Promise<void> {
+    if (options.key) {
+      const claim = await effects.claim({ scope: owner.relay, key: options.key(message) });
+      if (claim.state === "done") return;
+      if (claim.state === "busy") throw retryable("its key is being worked on elsewhere", { afterMs: claim.retryMs });
+      if (claim.state !== "claimed") throw rejected(`the effect of its key is ${claim.state}`);
+    }
+    await run(message, effects, client);
+  }
+  return {
+    kind: "atomic",
+    name: `handler on ${store.name}`,
+    open: async (owner) => ({
+      ring: await store.positions(owner),
+      commit: (batch) =>
+        store.transaction(async (effects, client) => {
+          await effects.advance(owner, batch);
+          for (const message of batch.messages) {
+            try {
+              await handle(message, owner, effects, client);
+            } catch (error) {
+              throw store.isDatabaseFailure(error) ? error : refusedMessage(message, error);
+            }
+          }
+        }),
+      close: () => Promise.resolve(),
+    }),
+  };
+}
+
+/** What a relay promises, and on what. */
+export interface Guarantee {
+  /** The promise. */
+  readonly level: "exactly-once" | "effectively-once" | "at-most-once" | "at-least-once";
+  /** How it is kept. */
+  readonly protocol: Protocol;
+  /** Why this and not more. */
+  readonly reasons: readonly string[];
+  /** What it rests on. */
+  readonly conditions: readonly string[];
+  /** What would make it stronger. */
+  readonly stronger: readonly string[];
+}
+
+/** Says what a relay between these ends would promise, and why, without running it. */
+export function guarantee(from: Source, to: Sink, store?: ClaimStore): Guarantee {
+  if (to.kind === "atomic") {
+    if (!from.seals) throw new EffectError("source_invalid", `${from.name} cannot seal batches, which ${to.name} needs`);
+    return {
+      level: "exactly-once",
+      protocol: "sealed",
+      reasons: [`${to.name} commits its position together with the records, and hands it back at the start`],
+      conditions: [
+        "the source's commits are durable (for SQLite: synchronous=FULL)",
+        "nobody but relays of this name writes the sink's position",
+      ],
+      stronger: [],
+    };
+  }
+  if (to.repeat === "always" || !store) {
+    const reason = to.repeat === "always"
+      ? `${to.name} keeps neither a position nor message ids, and duplicates do no harm there`
+      : "there is no store in which to claim a message before it is sent";
+    return {
+      level: "at-least-once",
+      protocol: "plain",
+      reasons: [reason, "after a crash, what was sent but not yet settled is sent again"],
+      conditions: [],
+      stronger: [to.repeat === "always" ? "deliver into a sink that commits its position, such as a file" : "give a store"],
+    };
+  }
+  const conditions = [
+    `the commits of ${store.name} are durable (for SQLite: synchronous=FULL)`,
+    "claims are kept for longer than a message can come again",
+  ];
+  if (to.repeat === "same-key") {
+    const window = to.dedupeWindowMs ?? 0;
+    return {
+      level: "effectively-once",
+      protocol: "claimed",
+      reasons: [
+        `${to.name} is declared to dedupe by idempotency key`,
+        "each message is claimed before it is sent, and repeated under the same key with the same bytes",
+      ],
+      conditions: [
+        `the target remembers a key for at least ${window} ms; past 80 % of that an interrupted message is in doubt, not repeated`,
+        ...conditions,
+      ],
+      stronger: [],
+    };
+  }
+  return {
+    level: "at-most-once",
+    protocol: "claimed",
+    reasons: [
+      `${to.name} is not declared to dedupe, so an interrupted call is never repeated blindly`,
+      to.reconcile
+        ? "each message is claimed before it is sent; after an interruption the target is asked whether it happened"
+        : "each message is claimed before it is sent; an interrupted one is in doubt until a person finds out",
+    ],
+    conditions: to.reconcile
+      ? [...conditions, "a process paused just before its send, and woken after the target was asked, can still send"]
+      : conditions,
+    stronger: [
+      "if the target dedupes by the Idempotency-Key header: say so (--idempotent), which makes it effectively-once",
+      ...to.reconcile ? [] : ["let the target be asked about a message in doubt (reconcile)"],
+    ],
+  };
+}
+
+// ------------------------------------------------------------------------------------------------------------------ relay
+
+/** What a relay did. */
+export interface RelayReport {
+  /** Messages settled as delivered, by this run or found done. */
+  readonly delivered: number;
+  /** Messages parked. */
+  readonly parked: number;
+  /** Messages parked in doubt. */
+  readonly uncertain: number;
+}
+
+/** Names the message of an event. */
+export interface MessageEvent {
+  /** The relay's name. */
+  readonly relay: string;
+  /** The message's id. */
+  readonly id: string;
+  /** Its topic. */
+  readonly topic: string;
+  /** Its ordering key. */
+  readonly key: string | null;
+}
+
+/** What a relay's observer hears: a public contract. New types may come; the present ones stay. */
+export type RelayEvent =
+  | { readonly type: "started"; readonly relay: string; readonly from: string; readonly to: string } & {
+    readonly guarantee: Guarantee;
+  }
+  /** A claim was taken; the call follows. */
+  | { readonly type: "claimed"; readonly attempt: number } & MessageEvent
+  /** Delivered and recorded; `found`: by an earlier attempt, as the store or the target told. */
+  | { readonly type: "delivered"; readonly attempt: number; readonly ms: number; readonly found: boolean } & MessageEvent
+  /** To be tried again after `afterMs`. */
+  | { readonly type: "retried"; readonly attempt: number; readonly afterMs: number; readonly reason: string } & MessageEvent
+  /** Set aside until a person decides. */
+  | { readonly type: "parked"; readonly reason: string } & MessageEvent
+  /** Set aside: it may have happened, or not. */
+  | { readonly type: "uncertain"; readonly reason: string } & MessageEvent
+  /** This relay was too slow, and its outcome was not recorded: the store tells the truth. */
+  | { readonly type: "lease_lost" } & MessageEvent
+  /** The target's answer was not JSON or over 64 KiB, and was not kept. */
+  | { readonly type: "result_omitted" } & MessageEvent
+  /** Another relay of this name was faster; this one reads its position again. */
+  | { readonly type: "fenced"; readonly relay: string; readonly reason: string }
+  /** The source's database went back in time, and was repaired from what the sink remembers. */
+  | { readonly type: "repaired"; readonly relay: string; readonly batches: number; readonly ids: readonly string[] }
+  /** Something passing went wrong; it is tried again. */
+  | { readonly type: "failed"; readonly relay: string; readonly reason: string; readonly afterMs: number }
+  /** There is nothing to do at the moment. */
+  | { readonly type: "idle"; readonly relay: string }
+  /** The end. */
+  | { readonly type: "stopped"; readonly relay: string } & RelayReport;
+
+/** How to relay. */
+export interface RelayOptions {
+  /**
+   * The scope of its effects: relays of one name share the work, and a later run goes on where this one stopped.
+   *
+   * @default {"default"}
+   */
+  readonly name?: string;
+  /** Where messages come from. */
+  readonly from: Source;
+  /** Where they go. */
+  readonly to: Sink;
+  /** Where calls are claimed; not needed by atomic sinks. */
+  readonly store?: ClaimStore;
+  /** Accept at-least-once where there is no store. */
+  readonly allowDuplicates?: boolean;
+  /** Return when nothing deliverable is left. */
+  readonly drain?: boolean;
+  /** Stops gracefully: calls under way are finished, their outcomes recorded, leases released. */
+  readonly signal?: AbortSignal;
+  /** Hears of everything; must not throw. */
+  observe?(event: RelayEvent): void;
+  /**
+   * Calls at the same time, each for another key, from 1.
+   *
+   * @default {8}
+   */
+  readonly lanes?: number;
+  /**
+   * Messages in hand, or in a sealed batch, from 1.
+   *
+   * @default {100}
+   */
+  readonly batch?: number;
+  /**
+   * Bytes of values in hand, or in a sealed batch.
+   *
+   * @default {8_388_608}
+   */
+  readonly batchBytes?: number;
+  /**
+   * How long a call may be silent before others take over, in milliseconds, from 10. Renewed while the call runs.
+   *
+   * @default {30_000}
+   */
+  readonly leaseMs?: number;
+  /**
+   * Attempts before a message is parked, from 1.
+   *
+   * @default {10}
+   */
+  readonly attempts?: number;
+  /**
+   * Whether a parked message holds back the later ones of its key, or only itself.
+   *
+   * @default {"block"}
+   */
+  readonly onPark?: "block" | "skip";
+  /**
+   * First bound of the back-off between attempts, in milliseconds; it doubles with each.
+   *
+   * @default {200}
+   */
+  readonly minRetryMs?: number;
+  /**
+   * Last bound of the back-off, in milliseconds.
+   *
+   * @default {60_000}
+   */
+  readonly maxRetryMs?: number;
+  /**
+   * How long after the end of a doubtful attempt the target is asked about it, in milliseconds.
+   *
+   * @default {5_000}
+   */
+  readonly settleMs?: number;
+  /**
+   * How often to look for messages when idle, in milliseconds.
+   *
+   * @default {50}
+   */
+  readonly pollMs?: number;
+  /** Time, randomness and scheduling. */
+  readonly runtime?: Runtime;
+}
+
+type Settings = Required<Omit<RelayOptions, "store" | "signal" | "observe" | "from" | "to" | "allowDuplicates">> & {
+  readonly stopped: () => boolean;
+  readonly emit: (event: RelayEvent) => void;
+  readonly count: (what: keyof RelayReport) => void;
+  readonly signal: AbortSignal | undefined;
+};
+
+type RelayClaims = Pick<ClaimStore, "claimAll" | "completeAll" | "renew" | "fail" | "resolve">;
+
+/** A relay's claims where there is no store: attempts are counted, nothing is kept. */
+function unclaimed(): RelayClaims {
+  const attempts = new Map<string, number>();
+  return {
+    claimAll: (claims) =>
+      Promise.resolve(claims.map(({ key: { key } }) => {
+        const attempt = (attempts.get(key) ?? 0) + 1;
+        attempts.set(key, attempt);
+        return { state: "claimed", fence: attempt, attempt, generation: 1, request: null };
+      })),
+    completeAll: (completions) => {
+      for (const { key } of completions) attempts.delete(key.key);
+      return Promise.resolve(completions.map(() => true));
+    },
+    renew: () => Promise.resolve(),
+    fail: (key, _, { as, retryMs }) => {
+      if (retryMs === undefined) attempts.delete(key.key);
+      return Promise.resolve(as === "rejected" ? "rejected" : "waiting");
+    },
+    resolve: () => Promise.resolve(),
+  };
+}
+
+/** Gives a call a signal that fires after `ms`. */
+async function withDeadline<T>(runtime: Runtime, ms: number, run: (signal: AbortSignal) => Promise<T>): Promise<T> {
+  const stop = new AbortController();
+  const over = new AbortController();
+  runtime.sleep(ms, over.signal).then(() => stop.abort(new Error(`no answer within ${ms} ms`)));
+  try {
+    return await run(stop.signal);
+  } finally {
+    over.abort();
+  }
+}
+
+/** Lets the calls that come while one is under way ride together in the next: one transaction for all (group commit). */
+function grouped<A, B>(run: (items: readonly A[]) => Promise<readonly B[]>): (item: A) => Promise<B> {
+  let queue: { item: A; resolve(answer: B): void; reject(error: unknown): void }[] = [];
+  let busy = false;
+  async function flush(): Promise<void> {
+    busy = true;
+    for (let group; (group = queue).length > 0;) {
+      queue = [];
+      try {
+        const answers = await run(group.map(({ item }) => item));
+        group.forEach(({ resolve }, i) => resolve(answers[i]!));
+      } catch (error) {
+        for (const { reject } of group) reject(error);
+      }
+    }
+    busy = false;
+  }
+  return (item) =>
+    new Promise((resolve, reject) => {
+      queue.push({ item, resolve, reject });
+      if (!busy) {
+        busy = true;
+        queueMicrotask(flush);
+      }
+    });
+}
+
+/** Identifies a relayed message: its bytes stay in the source. `traceparent` says who asked, not what for. */
+async function fingerprintOf({ topic, key, value, headers }: Message): Promise<string> {
+  const { traceparent: _, ...rest } = headers;
+  const head = encoder.encode(canonical([topic, key, value === null, rest]) + "\n");
+  const bytes = new Uint8Array(head.length + (value?.length ?? 0));
+  bytes.set(head);
+  if (value) bytes.set(value, head.length);
+  return `message-1:${await sha256(bytes)}`;
+}
+
+interface Lane {
+  readonly messages: Message[];
+  readyAt: number;
+  running: boolean;
+}
+
+/** The claimed protocol, and the plain one: message by message, a lane per key, lanes in parallel. Answers: drained? */
+async function deliverClaimed(
+  o: Settings,
+  source: SourceSession,
+  sink: CallSink,
+  store: RelayClaims,
+  repeat: CallSink["repeat"],
+): Promise<boolean> {
+  const { name: relay, runtime } = o;
+  const lanes = new Map<string, Lane>();
+  const inHand = new Set<string>();
+  const doubts = new Map<string, number>();
+  const repeatWithinMs = repeat === "same-key" ? repeatWithin(sink.dedupeWindowMs ?? 0) : undefined;
+  let active = 0;
+  let idle = false;
+  let failure: { readonly error: unknown } | undefined;
+  let bell = new AbortController();
+  const wake = () => bell.abort();
+  o.signal?.addEventListener("abort", wake);
+  const claim = grouped(store.claimAll);
+  const complete = grouped((completions: readonly Completion[]) => persist(runtime, () => store.completeAll(completions)));
+  const settle = grouped(async (messages: readonly Message[]) => {
+    await source.settle(messages);
+    return messages.map(() => undefined);
+  });
+  const park = grouped(async (parks: readonly Park[]) => {
+    await source.park(parks);
+    return parks.map(() => undefined);
+  });
+  const about = ({ id, topic, key }: Message) => ({ relay, id, topic, key });
+  const stopping = () => failure !== undefined || o.stopped();
+  /** A busy database passes; any other failure of source or store ends the relay, once the calls under way are over. */
+  function failed(error: unknown, afterMs: number): void {
+    if (isCode(error, "busy")) o.emit({ type: "failed", relay, reason: reasonOf(error), afterMs });
+    else failure ??= { error };
+  }
+
+  /** Whether the lane goes on with its next message. */
+  type Next = "next" | "again" | "held";
+
+  async function delivered(message: Message, attempt: number, ms: number, found: boolean): Promise<Next> {
+    await settle(message);
+    o.count("delivered");
+    o.emit({ type: "delivered", ...about(message), attempt, ms, found });
+    return "next";
+  }
+  async function setAside(message: Message, reason: string, doubt: boolean): Promise<Next> {
+    await park({ message, reason, retryMs: null });
+    o.count(doubt ? "uncertain" : "parked");
+    o.emit({ type: doubt ? "uncertain" : "parked", ...about(message), reason });
+    return o.onPark === "block" ? "held" : "next";
+  }
+  async function retry(message: Message, reason: string, attempt: number, retryMs: number): Promise<Next> {
+    await park({ message, reason, retryMs });
+    o.emit({ type: "retried", ...about(message), attempt, afterMs: retryMs, reason });
+    return "held";
+  }
+  function leaseLost(message: Message): Next {
+    o.emit({ type: "lease_lost", ...about(message) });
+    return "again"; // The next claim tells the truth.
+  }
+
+  async function reconcile(message: Message, claim: Claim & { state: "uncertain" }): Promise<Next> {
+    const key = { scope: relay, key: message.id };
+    if (!sink.reconcile) return await setAside(message, "in doubt: it was sent, and the outcome is not known", true);
+    if (claim.ageMs < o.settleMs) {
+      await park({ message, reason: "in doubt: the target will be asked", retryMs: o.settleMs - claim.ageMs });
+      return "held";
+    }
+    let found: Found<Json>;
+    try {
+      found = await withDeadline(
+        runtime,
+        o.leaseMs,
+        (signal) => sink.reconcile!(message, { idempotencyKey: message.id, number: 0, signal }),
+      );
+    } catch (error) {
+      const asked = (doubts.get(message.id) ?? 0) + 1;
+      doubts.set(message.id, asked);
+      const reason = `in doubt, and asking the target failed: ${reasonOf(error)}`;
+      if (asked < o.attempts) {
+        return await retry(message, reason, asked, backOff(asked, o.minRetryMs, o.maxRetryMs, runtime));
+      }
+      doubts.delete(message.id);
+      return await setAside(message, reason, true);
+    }
+    doubts.delete(message.id);
+    if (found.state === "unknown") return await setAside(message, "in doubt, and the target cannot tell", true);
+    if (found.state === "done") {
+      const recorded = await complete({ key, fence: claim.fence, result: found.result });
+      return recorded ? await delivered(message, 0, 0, true) : "again";
+    }
+    try {
+      await store.resolve(key, { as: "absent" }, claim.fence);
+    } catch (error) {
+      if (!isCode(error, "lease_lost")) throw error;
+    }
+    return "again";
+  }
+
+  async function attempt(message: Message, claimed: Claim & { state: "claimed" }, since: number): Promise<Next> {
+    const { fence, attempt } = claimed;
+    const key = { scope: relay, key: message.id };
+    o.emit({ type: "claimed", ...about(message), attempt });
+    let result: Json;
+    try {
+      if (attempt > o.attempts) throw new Error("every attempt was interrupted");
+      const idempotencyKey = generationKey(message.id, claimed.generation);
+      result = await underLease(
+        { store, key, fence, leaseMs: o.leaseMs, since, runtime },
+        (signal) => sink.deliver(message, { idempotencyKey, number: attempt, signal }),
+      );
+    } catch (error) {
+      const known = outcomeOf(error);
+      const reason = reasonOf(error);
+      const last = attempt >= o.attempts;
+      const again = known?.as !== "rejected" && !last && (known !== undefined || repeat !== "never");
+      // Giving up is a refusal of ours: only a person lets it run again, whichever relay has the message in hand.
+      const as = known ? again ? "retryable" : "rejected" : "unknown";
+      const backOffMs = backOff(attempt, o.minRetryMs, o.maxRetryMs, runtime);
+      const retryMs = again ? Math.max(known?.afterMs ?? 0, backOffMs) : undefined;
+      let state: EffectState;
+      try {
+        state = await persist(runtime, () => store.fail(key, fence, { as, reason, result: known?.result, retryMs }));
+      } catch (failed) {
+        if (isCode(failed, "lease_lost")) return leaseLost(message);
+        throw failed;
+      }
+      if (retryMs !== undefined) return await retry(message, reason, attempt, retryMs);
+      if (state === "uncertain" && sink.reconcile) return "again";
+      return await setAside(message, reason, state === "uncertain");
+    }
+    if (!await complete({ key, fence, result })) return leaseLost(message);
+    if (encodeResult(result).omitted) o.emit({ type: "result_omitted", ...about(message) });
+    return await delivered(message, attempt, runtime.now() - since, false);
+  }
+
+  async function step(lane: Lane, message: Message): Promise<Next> {
+    const fingerprint = await fingerprintOf(message);
+    const since = runtime.now();
+    const answer = await claim({ key: { scope: relay, key: message.id }, leaseMs: o.leaseMs, fingerprint, repeatWithinMs });
+    switch (answer.state) {
+      case "claimed":
+        return await attempt(message, answer, since);
+      case "done":
+        return await delivered(message, 0, 0, true);
+      case "uncertain":
+        return await reconcile(message, answer);
+      case "rejected":
+        return await setAside(message, answer.reason, false);
+      case "mismatch":
+        return await setAside(message, "the id was used before, with another topic, key, value or headers", false);
+      case "busy":
+        // Another relay has it, or its row outlived a crash between recording a failure and postponing the message.
+        lane.readyAt = runtime.now() + Math.min(answer.retryMs, 100);
+        return "again";
+    }
+  }
+
+  async function work(key: string, lane: Lane): Promise<void> {
+    active++;
+    lane.running = true;
+    try {
+      while (lane.messages.length > 0 && lane.readyAt <= runtime.now() && !stopping()) {
+        const message = lane.messages[0]!;
+        const next = await step(lane, message);
+        if (next === "again") continue;
+        // Held back: the source will hand the rest of the key out again when its first message may go.
+        for (const { id } of lane.messages.splice(0, next === "held" ? Infinity : 1)) inHand.delete(id);
+      }
+    } catch (error) {
+      failed(error, 1000);
+      lane.readyAt = runtime.now() + 1000;
+    }
+    if (lane.messages.length === 0) lanes.delete(key);
+    lane.running = false;
+    active--;
+    wake();
+  }
+
+  for (;;) {
+    bell = new AbortController();
+    if (stopping() && active === 0) break;
+    let waitMs: number | null = null;
+    let readable = false;
+    const reads = inHand.size <= o.batch / 2;
+    if (reads && !stopping()) {
+      try {
+        const read = await source.read({ rows: inHand.size + o.batch, bytes: o.batchBytes });
+        readable = true;
+        waitMs = read.waitMs;
+        for (const message of read.messages) {
+          if (inHand.has(message.id)) continue;
+          inHand.add(message.id);
+          const key = message.key === null ? `i${message.id}` : `k${message.key}`;
+          const lane = lanes.get(key) ?? { messages: [], readyAt: 0, running: false };
+          lane.messages.push(message);
+          lanes.set(key, lane);
+        }
+      } catch (error) {
+        failed(error, o.pollMs);
+      }
+      if (inHand.size === 0 && active === 0 && readable) {
+        if (o.drain && waitMs === null) break;
+        if (!idle) o.emit({ type: "idle", relay });
+        idle = true;
+      } else {
+        idle = false;
+      }
+    }
+    const now = runtime.now();
+    let wakeAt = reads ? now + Math.min(o.pollMs, waitMs ?? o.pollMs) : Infinity;
+    if (!stopping()) {
+      for (const [key, lane] of lanes) {
+        if (active >= o.lanes) break;
+        if (lane.running) continue;
+        if (lane.readyAt <= now) work(key, lane);
+        else wakeAt = Math.min(wakeAt, lane.readyAt);
+      }
+    }
+    await runtime.sleep(wakeAt - now, bell.signal);
+  }
+  o.signal?.removeEventListener("abort", wake);
+  if (failure) throw failure.error;
+  return !stopping();
+}
+
+/** How many positions are kept to repair a source that went back in time. */
+const RING = 1000;
+
+/** The sealed protocol: one batch after the other, each with its position. Answers: drained? */
+async function deliverSealed(o: Settings, source: SourceSession, sink: AtomicSink): Promise<boolean> {
+  const { name: relay, runtime } = o;
+  const limits = { rows: o.batch, bytes: o.batchBytes };
+  const attempts = new Map<string, number>();
+  let failures = 0;
+  let fencedSince: number | undefined;
+
+  async function refused(ring: readonly Position[], message: Message, error: unknown): Promise<void> {
+    const { id, topic, key } = message;
+    const attempt = (attempts.get(id) ?? 0) + 1;
+    const known = outcomeOf(error);
+    const again = known?.as !== "rejected" && attempt < o.attempts;
+    const backOffMs = backOff(attempt, o.minRetryMs, o.maxRetryMs, runtime);
+    const retryMs = again ? Math.max(known?.afterMs ?? 0, backOffMs) : null;
+    const reason = reasonOf(error);
+    await source.unseal(ring, [{ message, reason, retryMs }]);
+    if (retryMs === null) {
+      attempts.delete(id);
+      o.count("parked");
+      o.emit({ type: "parked", relay, id, topic, key, reason });
+    } else {
+      attempts.set(id, attempt);
+      o.emit({ type: "retried", relay, id, topic, key, attempt, afterMs: retryMs, reason });
+    }
+  }
+
+  async function run(session: AtomicSession, ring: Position[]): Promise<boolean> {
+    let idle = false;
+    const seal = async () => {
+      const sealed = await source.seal(ring, limits);
+      if (sealed.repaired.length > 0) {
+        const ids = sealed.repaired.flatMap(({ rows }) => rows.map(([, id]) => id));
+        o.emit({ type: "repaired", relay, batches: sealed.repaired.length, ids });
+      }
+      return sealed;
+    };
+    let sealed = await seal();
+    while (!o.stopped()) {
+      const cursor = ring.at(-1) ?? START;
+      const batch = sealed.batches.find(({ n, prev }) => n === cursor.n + 1 && prev === cursor.uid);
+      if (!batch) {
+        if (sealed.batches.length === 0) {
+          if (o.drain && sealed.waitMs === null) return true;
+          if (!idle) o.emit({ type: "idle", relay });
+          idle = true;
+          await runtime.sleep(Math.min(o.pollMs, sealed.waitMs ?? o.pollMs), o.signal);
+        }
+        sealed = await seal();
+        continue;
+      }
+      idle = false;
+      const since = runtime.now();
+      // The next batch is sealed while this one is on its way; its number alone says that it comes after.
+      const [committed, ahead] = await Promise.allSettled([session.commit(batch), seal()]);
+      if (committed.status === "rejected") {
+        const error: unknown = committed.reason;
+        if (!(error instanceof Error && REFUSED in error)) throw error;
+        await refused(ring, (error as RefusedMessage)[REFUSED], error.cause);
+        sealed = await seal();
+        continue;
+      }
+      const { messages, ...position } = batch;
+      ring.push(position);
+      if (ring.length > RING) ring.shift();
+      failures = 0;
+      fencedSince = undefined;
+      const ms = runtime.now() - since;
+      for (const { id, topic, key } of messages) {
+        const attempt = (attempts.get(id) ?? 0) + 1;
+        attempts.delete(id);
+        o.count("delivered");
+        o.emit({ type: "delivered", relay, id, topic, key, attempt, ms, found: false });
+      }
+      if (ahead.status === "rejected") throw ahead.reason;
+      sealed = ahead.value;
+    }
+    return false;
+  }
+
+  while (!o.stopped()) {
+    let session: AtomicSession | undefined;
+    try {
+      const floor = await source.settled();
+      session = await sink.open({ relay, source: source.id });
+      const ring = [...session.ring];
+      const cursor = ring.at(-1) ?? START;
+      if (cursor.n < floor) {
+        throw new EffectError(
+          "cursor_lost",
+          `${sink.name} ends at batch ${cursor.n}, but ${floor} were delivered: it was removed, emptied or replaced. ` +
+            `Put it back, or start a new relay name to deliver only what is still in the outbox`,
+        );
+      }
+      return await run(session, ring);
+    } catch (error) {
+      const fenced = isCode(error, "fenced");
+      if (!fenced && !isPassing(error)) throw error;
+      const afterMs = backOff(fenced ? 3 : ++failures, o.minRetryMs, o.maxRetryMs, runtime);
+      if (failures > o.attempts) throw error;
+      if (fenced) {
+        fencedSince ??= runtime.now();
+        if (o.drain && runtime.now() - fencedSince > o.leaseMs) throw error;
+        o.emit({ type: "fenced", relay, reason: reasonOf(error) });
+      } else {
+        o.emit({ type: "failed", relay, reason: reasonOf(error), afterMs });
+      }
+      await session?.close();
+      session = undefined;
+      await runtime.sleep(afterMs, o.signal);
+    } finally {
+      await session?.close();
+    }
+  }
+  return false;
+}
+
+/**
+ * Moves the messages of a source into a sink under the strongest protocol that both ends allow. Returns when drained or told
+ * to stop.
+ *
+ * @throws {TypeError} If calls cannot be claimed for want of a store, and duplicates are not allowed.
+ * @throws {EffectError} `source_invalid`, `sink_invalid`, `diverged`, `cursor_lost`; `fenced` if another relay holds the
+ * sink for as long as a lease while draining. The errors of the ends' own clients pass through.
+ */
+export async function relay(options: RelayOptions): Promise<RelayReport> {
+  const { name = "default", from, to, store, drain = false, signal, lanes = 8, batch = 100 } = options;
+  const { batchBytes = 8_388_608, leaseMs = 30_000, attempts = 10, onPark = "block", runtime = realRuntime } = options;
+  const { minRetryMs = 200, maxRetryMs = 60_000, settleMs = 5_000, pollMs = 50 } = options;
+  checkText("relay name", name);
+  integer("lanes", lanes, 1);
+  integer("batch", batch, 1);
+  integer("batchBytes", batchBytes, 1);
+  integer("leaseMs", leaseMs, 10);
+  integer("attempts", attempts, 1);
+  integer("minRetryMs", minRetryMs, 0);
+  integer("maxRetryMs", maxRetryMs, minRetryMs);
+  integer("settleMs", settleMs, 0);
+  integer("pollMs", pollMs, 1);
+  const promise = guarantee(from, to, store);
+  if (promise.protocol === "plain" && !options.allowDuplicates && to.kind === "call" && to.repeat !== "always") {
+    throw new TypeError(`Cannot relay into ${to.name}: give a store for its claims, or allow duplicates`);
+  }
+  if (to.kind === "call" && to.repeat === "same-key") repeatWithin(to.dedupeWindowMs ?? 0);
+  const report = { delivered: 0, parked: 0, uncertain: 0 };
+  const emit = (event: RelayEvent) => options.observe?.(event);
+  const count = (what: keyof RelayReport) => report[what]++;
+  const stopped = () => signal?.aborted ?? false;
+  const times = { leaseMs, minRetryMs, maxRetryMs, settleMs, pollMs };
+  const o = { name, drain, lanes, batch, batchBytes, attempts, onPark, runtime, signal, emit, count, stopped, ...times };
+
+  const source = await from.open({ relay: name, protocol: promise.protocol, onPark, leaseMs });
+  emit({ type: "started", relay: name, from: from.name, to: to.name, guarantee: promise });
+  const over = new AbortController();
+  async function stayAlive(): Promise<void> {
+    for (;;) {
+      await runtime.sleep(leaseMs / 3, over.signal);
+      if (over.signal.aborted) return;
+      // A source that is away for a moment fails the relay's own calls as well; this one need not.
+      await source.renew().catch(() => {});
+    }
+  }
+  stayAlive();
+  let settled = false;
+  try {
+    const drained = to.kind === "atomic"
+      ? await deliverSealed(o, source, to)
+      : promise.protocol === "claimed" && store
+      ? await deliverClaimed(o, source, to, store, to.repeat)
+      : await deliverClaimed(o, source, to, unclaimed(), "always");
+    settled = drained || !source.inherited;
+  } finally {
+    over.abort();
+    await source.close(settled);
+    emit({ type: "stopped", relay: name, ...report });
+  }
+  return report;
+}
+
+// ----------------------------------------------------------------------------------------------------------------- memory
+
+/**
+ * For adapters on one connection: runs one after the other what must not mix on it. A turn that does not come within
+ * `waitMs` is the error `busy`, which also ends the deadlock of a transaction that waits for itself.
+ */
+export function createTurns(name: string, waitMs: number, runtime: Runtime = realRuntime): Turns {
+  let last: Promise<void> = Promise.resolve();
+  let taken = 0;
+  return async (run) => {
+    const before = last;
+    let done!: () => void;
+    const mine = new Promise<void>((resolve) => done = resolve);
+    last = before.then(() => mine);
+    try {
+      if (taken++ > 0) {
+        const over = new AbortController();
+        const late = runtime.sleep(waitMs, over.signal).then(() => !over.signal.aborted);
+        const tooLate = await Promise.race([before.then(() => false), late]);
+        over.abort();
+        if (tooLate) {
+          throw new EffectError(
+            "busy",
+            `${name} has been in a transaction for ${waitMs} ms: inside one, use its own handle, not the store`,
+          );
+        }
+      }
+      return await run();
+    } finally {
+      taken--;
+      done();
+    }
+  };
+}
+
+/** See {@linkcode createTurns}. */
+export type Turns = <T>(run: () => T | Promise<T>) => Promise<T>;
+
+interface MemoryRow extends MessageFields {
+  readonly seq: number;
+  readonly state: "pending" | "waiting" | "parked";
+  readonly untilMs: number;
+  readonly reason: string | null;
+}
+
+interface MemoryShard extends Shard {
+  readonly batches: readonly Position[];
+}
+
+interface MemoryState {
+  readonly effects: Map<string, EffectRow>;
+  readonly outbox: Map<number, MemoryRow>;
+  readonly shards: Map<string, MemoryShard>;
+  readonly positions: Map<string, readonly Position[]>;
+  seq: number;
+}
+
+interface Memory {
+  state: MemoryState;
+  readonly turns: Turns;
+  readonly now: () => number;
+  readonly sessions: Set<{ readonly relay: string; readonly topics: readonly string[] | undefined }>;
+}
+
+const memories = new WeakMap<object, Memory>();
+const NAME = "memory";
+const joined = (first: string, second: string): string => JSON.stringify([first, second]);
+const byKey = (a: EffectKey, b: EffectKey): number =>
+  a.scope < b.scope ? -1 : a.scope > b.scope ? 1 : a.key < b.key ? -1 : a.key > b.key ? 1 : 0;
+
+/** How {@linkcode memoryStore} keeps time. */
+export interface MemoryStoreOptions {
+  /**
+   * The store's clock, in milliseconds since 1970.
+   *
+   * @default {Date.now}
+   */
+  now?(): number;
+  /** Time, randomness and scheduling. */
+  readonly runtime?: Runtime;
+}
+
+/** A store whose content can be looked at. */
+export interface MemoryStore extends EffectStore<null> {
+  /** Enqueues in a transaction of its own. */
+  enqueue(...messages: readonly NewMessage[]): Promise<void>;
+  /** What is in the outbox, in order, and where it stands. */
+  outbox(): readonly (MessageFields & {
+    readonly state: "pending" | "waiting" | "parked";
+    readonly reason: string | null;
+  })[];
+}
+
+/** A store in memory, with an outbox ({@linkcode memoryOutbox}): for unit tests; it keeps nothing. */
+export function memoryStore(options: MemoryStoreOptions = {}): MemoryStore {
+  const { now = Date.now, runtime } = options;
+  const memory: Memory = {
+    state: { effects: new Map(), outbox: new Map(), shards: new Map(), positions: new Map(), seq: 0 },
+    turns: createTurns(NAME, 5_000, runtime),
+    now: () => now(),
+    sessions: new Set(),
+  };
+  const { turns } = memory;
+  /** Runs on a copy that takes the state's place only at the end. */
+  const transact = <T>(run: (draft: MemoryState) => T | Promise<T>): Promise<T> =>
+    turns(async () => {
+      const { effects, outbox, shards, positions, seq } = memory.state;
+      const draft = {
+        effects: new Map(effects),
+        outbox: new Map(outbox),
+        shards: new Map(shards),
+        positions: new Map(positions),
+        seq,
+      };
+      const answer = await run(draft);
+      memory.state = draft;
+      return answer;
+    });
+  function handle(draft: MemoryState): EffectTransaction & { failed(): unknown } {
+    const mine = new Set<string>();
+    let failure: { readonly error: unknown } | undefined;
+    const claim: EffectTransaction["claim"] = async (key, { request } = {}) => {
+      checkKey(key);
+      const { bytes, fingerprint } = await encodeRequest(request);
+      const id = joined(key.scope, key.key);
+      const row = draft.effects.get(id);
+      if (row) return standing(row, fingerprint, memory.now()) ?? doubtful(row, memory.now());
+      const fields = { state: "done", fingerprint, request: bytes, firstMs: null } as const;
+      draft.effects.set(id, newEffectRow(key, memory.now(), fields));
+      mine.add(id);
+      return { state: "claimed", fence: 1, attempt: 1, generation: 1, request: bytes };
+    };
+    return {
+      claim,
+      async claimAll(keys) {
+        const answers: Claim[] = [];
+        for (const key of keys) answers.push(await claim(key));
+        return answers;
+      },
+      complete(key, result) {
+        const id = joined(key.scope, key.key);
+        if (!mine.has(id)) return Promise.reject(notClaimed(key));
+        const { text, omitted } = encodeResult(result);
+        draft.effects.set(id, { ...draft.effects.get(id)!, result: text, resultOmitted: omitted });
+        return Promise.resolve();
+      },
+      // deno-lint-ignore require-await -- what throws here must reject
+      async enqueue(...messages) {
+        for (const message of messages) {
+          const fields = encodeMessage(message);
+          if (draft.outbox.values().some(({ id }) => id === fields.id)) {
+            failure ??= { error: new RangeError(`Cannot enqueue "${fields.id}": this id is in the outbox already`) };
+            throw failure.error;
+          }
+          const row = { ...fields, time: new Date(memory.now()), state: "pending", untilMs: 0, reason: null } as const;
+          draft.outbox.set(++draft.seq, { ...row, seq: draft.seq });
+        }
+      },
+      // deno-lint-ignore require-await -- what throws here must reject
+      async advance(owner, { n, uid, prev, rows }) {
+        const id = joined(owner.relay, owner.source);
+        const ring = draft.positions.get(id) ?? [];
+        try {
+          checkAdvance(ring.at(-1), { n, uid, prev, rows });
+        } catch (error) {
+          failure ??= { error };
+          throw error;
+        }
+        draft.positions.set(id, [...ring, { n, uid, prev, rows }].slice(-RING));
+      },
+      failed: () => failure?.error,
+    };
+  }
+  const store: MemoryStore = {
+    ...claimStore({
+      name: NAME,
+      change: (steps) =>
+        transact(({ effects }) =>
+          steps.map(({ key, step }) => {
+            const id = joined(key.scope, key.key);
+            const { write, answer } = step(effects.get(id), memory.now());
+            if (write) effects.set(id, write);
+            return answer;
+          })
+        ),
+      list: ({ state, scope, key, limit, after }) =>
+        Promise.resolve(
+          memory.state.effects.values().toArray().sort(byKey).filter((row) =>
+            (state ?? row.state) === row.state && (scope ?? row.scope) === row.scope && (key ?? row.key) === row.key &&
+            (!after || byKey(after, row) < 0)
+          ).slice(0, limit),
+        ),
+      count() {
+        const counts = { claimed: 0, waiting: 0, done: 0, rejected: 0, uncertain: 0 };
+        for (const { state } of memory.state.effects.values()) counts[state]++;
+        return Promise.resolve(counts);
+      },
+      prune: ({ olderThanMs, limit }) =>
+        transact(({ effects, outbox }) => {
+          const needed = new Set(outbox.values().map(({ id }) => id));
+          const until = memory.now() - olderThanMs;
+          const old = effects.entries().filter(([_, { state, changedMs, key }]) =>
+            (state === "done" || state === "rejected") && changedMs <= until && !needed.has(key)
+          ).take(limit).toArray();
+          for (const [id] of old) effects.delete(id);
+          return old.length;
+        }),
+    }),
+    transaction: (run) =>
+      transact(async (draft) => {
+        const effects = handle(draft);
+        const answer = await run(effects, null);
+        if (effects.failed()) throw effects.failed();
+        return answer;
+      }),
+    join() {
+      throw new TypeError("Cannot join a transaction in memory: use store.transaction()");
+    },
+    positions: ({ relay, source }) => Promise.resolve(memory.state.positions.get(joined(relay, source)) ?? []),
+    isDatabaseFailure: () => false,
+    enqueue: (...messages) => transact((draft) => handle(draft).enqueue(...messages)),
+    outbox: () => memory.state.outbox.values().toArray(),
+  };
+  memories.set(store, memory);
+  return store;
+}
+
+/** For adapters: the error of completing what was not claimed in the same transaction. */
+export function notClaimed({ scope, key }: EffectKey): RangeError {
+  return new RangeError(`Cannot complete effect "${key}" of "${scope}": this transaction has not claimed it`);
+}
+
+/**
+ * For adapters: compares the stored position with a batch.
+ *
+ * @throws {EffectError} `fenced` if the batch does not come next.
+ */
+export function checkAdvance(stored: Position = START, next: Position): void {
+  if (next.n !== stored.n + 1 || next.prev !== stored.uid) {
+    throw new EffectError(
+      "fenced",
+      `Cannot commit batch ${next.n}: the last one committed is ${stored.n}, of another owner`,
+    );
+  }
+}
+
+/** For sources: the error of a second relay, of another name, on the same topics. */
+export function overlapping(from: string, other: string, name: string, topics: readonly string[] | undefined): EffectError {
+  const what = topics ? `topics ${topics.join(", ")}` : "all topics";
+  return new EffectError(
+    "source_invalid",
+    `Cannot relay ${what} of ${from} as "${name}": relay "${other}" has them, or left something behind. Use its name`,
+  );
+}
+
+/** Which messages of an outbox a source hands out. */
+export interface OutboxOptions {
+  /**
+   * Only these topics.
+   *
+   * @default {undefined} All.
+   */
+  readonly topics?: readonly string[];
+}
+
+/** The outbox of a {@linkcode memoryStore} as a source. */
+export function memoryOutbox(store: MemoryStore, options: OutboxOptions = {}): Source {
+  const { topics } = options;
+  const memory = memories.get(store);
+  if (!memory) throw new TypeError("Cannot read the outbox: the store must come from memoryStore()");
+  const { turns, now } = memory;
+  const toMessage = (row: MemoryRow): Message => createMessage(row);
+  const find = (id: string) => memory.state.outbox.values().find((row) => row.id === id);
+  return {
+    name: NAME,
+    seals: true,
+    // deno-lint-ignore require-await -- what throws here must reject
+    async open({ relay, onPark }) {
+      for (const other of memory.sessions) {
+        const shared = !topics || !other.topics || topics.some((topic) => other.topics!.includes(topic));
+        if (other.relay !== relay && shared) throw overlapping(NAME, other.relay, relay, topics);
+      }
+      const session = { relay, topics };
+      memory.sessions.add(session);
+      const shard = () => memory.state.shards.get(relay) ?? { ...settledShard(START), batches: [] };
+
+      function deliverable({ rows, bytes }: ReadLimits, except: ReadonlySet<number>) {
+        const held = new Set<string>();
+        const found: MemoryRow[] = [];
+        let waitMs: number | null = null;
+        let size = 0;
+        for (const row of memory!.state.outbox.values()) {
+          if (topics && !topics.includes(row.topic)) continue;
+          const left = row.untilMs - now();
+          if (row.state === "parked" || row.state === "waiting" && left > 0) {
+            if (row.state === "waiting") waitMs = Math.min(waitMs ?? left, left);
+            if (row.key !== null && (row.state === "waiting" || onPark === "block")) held.add(row.key);
+          } else if (!(row.key !== null && held.has(row.key)) && !except.has(row.seq) && found.length < rows) {
+            size += row.value?.length ?? 0;
+            if (size > bytes && found.length > 0) break;
+            found.push(row);
+          }
+        }
+        return { found, waitMs };
+      }
+      function settleRows(rows: Position["rows"]): void {
+        for (const [seq, id] of rows) {
+          if (memory!.state.outbox.get(Number(seq))?.id === id) memory!.state.outbox.delete(Number(seq));
+        }
+      }
+      function parkRows(parks: readonly Park[]): void {
+        for (const { message, reason, retryMs } of parks) {
+          const row = find(message.id);
+          if (!row) continue;
+          const state = retryMs === null ? "parked" : "waiting";
+          memory!.state.outbox.set(row.seq, { ...row, state, untilMs: now() + (retryMs ?? 0), reason });
+        }
+      }
+      return {
+        id: NAME,
+        inherited: false,
+        read: (limits) =>
+          turns(() => {
+            const { found, waitMs } = deliverable(limits, new Set());
+            return { messages: found.map(toMessage), waitMs };
+          }),
+        settle: (messages) =>
+          turns(() => {
+            for (const row of messages.map(({ id }) => find(id))) if (row) memory.state.outbox.delete(row.seq);
+          }),
+        park: (parks) => turns(() => parkRows(parks)),
+        settled: () => turns(() => shard().settled),
+        seal: (ring, limits) =>
+          turns(async () => {
+            const plan = settlePlan(shard(), shard().batches, ring);
+            settleRows(plan.settle);
+            let next: MemoryShard = { ...plan.shard, batches: plan.remaining };
+            let waitMs: number | null = null;
+            if (plan.remaining.length < 2) {
+              const sealed = new Set(plan.remaining.flatMap(({ rows }) => rows.map(([seq]) => Number(seq))));
+              const read = deliverable(limits, sealed);
+              waitMs = read.waitMs;
+              if (read.found.length > 0) {
+                const rows = read.found.map(({ seq, id }) => [String(seq), id] as const);
+                const uid = await sha256(encoder.encode(chainText(next.sealedUid, rows)));
+                const batch = { n: next.sealed + 1, uid, prev: next.sealedUid, rows };
+                next = { ...next, sealed: batch.n, sealedUid: uid, batches: [...plan.remaining, batch] };
+              }
+            }
+            memory.state.shards.set(relay, next);
+            const batches = next.batches.map((batch) => ({
+              ...batch,
+              messages: batch.rows.map(([, id]) => find(id)).filter((row) => row !== undefined).map(toMessage),
+            }));
+            return { batches, waitMs, repaired: plan.repaired };
+          }),
+        unseal: (ring, parks) =>
+          turns(() => {
+            const { settle } = settlePlan(shard(), shard().batches, ring);
+            settleRows(settle);
+            memory.state.shards.set(relay, { ...settledShard(ring.at(-1) ?? START), batches: [] });
+            parkRows(parks);
+          }),
+        renew: () => Promise.resolve(),
+        close: () => {
+          memory.sessions.delete(session);
+          return Promise.resolve();
+        },
+      };
+    },
+  };
+}
+
+/** For sources: a shard in which all that was sealed is settled, up to this position. */
+export function settledShard({ n, uid }: Position): Shard {
+  return { sealed: n, sealedUid: uid, settled: n, settledUid: uid };
+}
+
+/** How {@linkcode memorySink} behaves. */
+export interface MemorySinkOptions {
+  /**
+   * What it declares about repeating a call.
+   *
+   * @default {"never"}
+   */
+  readonly repeat?: CallSink["repeat"];
+  /** Called before a message counts as delivered: throw here to see what happens. */
+  deliver?(message: Message, delivery: Delivery): Promise<Json>;
+}
+
+/** A sink in memory that is called message by message, and keeps what it was given. */
+export function memorySink(options: MemorySinkOptions = {}): CallSink & { readonly messages: readonly Message[] } {
+  const { repeat = "never", deliver } = options;
+  const messages: Message[] = [];
+  return {
+    kind: "call",
+    name: NAME,
+    repeat,
+    dedupeWindowMs: repeat === "same-key" ? 86_400_000 : undefined,
+    messages,
+    async deliver(message, delivery) {
+      const result = deliver ? await deliver(message, delivery) : null;
+      messages.push(message);
+      return result;
+    },
+  };
+}
