@@ -561,8 +561,8 @@ export function checkKey(key: EffectKey): void {
   checkText("effect key", key?.key);
 }
 
-/** For adapters: what a claim answers about a row that is there already, as long as it may not be taken. */
-export function standing(row: EffectRow, fingerprint: string | null, nowMs: number): Claim | undefined {
+/** What a claim answers about a row that is there already, as long as it may not be taken. */
+function standing(row: EffectRow, fingerprint: string | null, nowMs: number): Claim | undefined {
   if (row.fingerprint !== fingerprint) return { state: "mismatch" };
   const result: Json = row.result === null ? null : JSON.parse(row.result);
   if (row.state === "done") return { state: "done", result, resultOmitted: row.resultOmitted };
@@ -580,8 +580,7 @@ function doubtful(row: EffectRow, nowMs: number): Claim {
   };
 }
 
-/** For adapters: the first row of an effect. */
-export function newEffectRow(key: EffectKey, nowMs: number, fields: Partial<EffectRow>): EffectRow {
+function newEffectRow(key: EffectKey, nowMs: number, fields: Partial<EffectRow>): EffectRow {
   return {
     scope: key.scope,
     key: key.key,
@@ -635,6 +634,20 @@ function claimStep(
     const reason = row.reason ?? "interrupted: the attempt was started and its outcome was never recorded";
     const write: EffectRow = { ...row, state: "uncertain", reason, changedMs: now };
     return { write, answer: doubtful(write, now) };
+  };
+}
+
+/** For adapters: a claim inside a transaction whose commit makes the effect done. */
+export function transactionStep(key: EffectKey, fingerprint: string | null, request: Uint8Array | null): EffectStep<Claim> {
+  return (row, now) => {
+    const answer = row && standing(row, fingerprint, now);
+    if (answer) return { answer };
+    if (row && row.firstMs !== null) return { answer: doubtful(row, now) };
+    const write: EffectRow = row
+      ? { ...row, state: "done", fence: row.fence + 1, attempt: row.attempt + 1, reason: null, changedMs: now }
+      : newEffectRow(key, now, { state: "done", fingerprint, request, firstMs: null });
+    const { fence, attempt, generation } = write;
+    return { write, answer: { state: "claimed", fence, attempt, generation, request: write.request } };
   };
 }
 
@@ -1245,6 +1258,44 @@ export interface Park {
   readonly reason: string;
   /** Try again after so many milliseconds; null: only when a person says so. */
   readonly retryMs: number | null;
+}
+
+/** How an outbox stands. */
+export interface OutboxStatus {
+  /** Messages not delivered and not parked, whether they may go now, wait for another attempt or for an earlier message. */
+  readonly pending: number;
+  /** Messages set aside until a person decides. */
+  readonly parked: number;
+  /** Age of the oldest pending message in milliseconds; null if there is none. */
+  readonly oldestMs: number | null;
+}
+
+/** A message that is set aside. */
+export interface ParkedMessage {
+  /** The message's id. */
+  readonly id: string;
+  /** Its topic. */
+  readonly topic: string;
+  /** Its ordering key. */
+  readonly key: string | null;
+  /** Why. */
+  readonly reason: string;
+  /** Since when. */
+  readonly since: Date;
+}
+
+/** A source that is a table, as operators see it. */
+export interface Outbox extends Source {
+  /** How many messages stand where. */
+  status(): Promise<OutboxStatus>;
+  /** Parked messages in the order of their numbers, at most `limit` (default 1000). */
+  parked(limit?: number): Promise<readonly ParkedMessage[]>;
+  /** Lets a parked message, and what it held back, be delivered again; false if no such message is parked. */
+  release(id: string): Promise<boolean>;
+  /** Removes a parked message for good, and frees what it held back; false if no such message is parked. */
+  discard(id: string): Promise<boolean>;
+  /** Deletes delivered messages that were kept; answers how many. Bounded: call it until it answers less than `limit`. */
+  prune(options: PruneOptions): Promise<number>;
 }
 
 /** A source with a relay registered. */
@@ -2235,12 +2286,12 @@ export function memoryStore(options: MemoryStoreOptions = {}): MemoryStore {
       checkKey(key);
       const { bytes, fingerprint } = await encodeRequest(request);
       const id = joined(key.scope, key.key);
-      const row = draft.effects.get(id);
-      if (row) return standing(row, fingerprint, memory.now()) ?? doubtful(row, memory.now());
-      const fields = { state: "done", fingerprint, request: bytes, firstMs: null } as const;
-      draft.effects.set(id, newEffectRow(key, memory.now(), fields));
-      mine.add(id);
-      return { state: "claimed", fence: 1, attempt: 1, generation: 1, request: bytes };
+      const { write, answer } = transactionStep(key, fingerprint, bytes)(draft.effects.get(id), memory.now());
+      if (write) {
+        draft.effects.set(id, write);
+        mine.add(id);
+      }
+      return answer;
     };
     return {
       claim,

@@ -1,0 +1,963 @@
+/**
+ * Claims, outbox and positions in SQLite, on a client that is open already: better-sqlite3 and `node:sqlite` both fit.
+ *
+ * ```ts
+ * import { DatabaseSync } from "node:sqlite";
+ * import { memorySink, relay } from "@effectonce/effectonce";
+ * import { migrateSqlite, sqliteOutbox, sqliteStore } from "@effectonce/effectonce/sqlite";
+ * import { equal } from "node:assert/strict";
+ *
+ * const db = new DatabaseSync(":memory:");
+ * await migrateSqlite(db);
+ * const store = sqliteStore(db);
+ * await store.transaction(async (effects) => {
+ *   await effects.enqueue({ topic: "payments", key: "order-1", value: { amount: 5 } });
+ * });
+ * const to = memorySink();
+ * await relay({ from: sqliteOutbox(db), to, store, drain: true });
+ * equal(to.messages.length, 1);
+ * ```
+ *
+ * @module
+ */
+// Synchronous, since no await may come between BEGIN and COMMIT: a relay paused there would keep every writer out.
+import { createHash } from "node:crypto";
+import {
+  type Batch,
+  chainText,
+  checkAdvance,
+  checkKey,
+  type Claim,
+  claimStore,
+  createMessage,
+  createTurns,
+  EffectError,
+  type EffectRow,
+  type EffectState,
+  type EffectStore,
+  type EffectTransaction,
+  encodeMessage,
+  encodeRequest,
+  encodeResult,
+  type Message,
+  notClaimed,
+  type Outbox,
+  type OutboxOptions,
+  overlapping,
+  type Park,
+  type Position,
+  type ReadLimits,
+  realRuntime,
+  type RunSql,
+  settledShard,
+  settlePlan,
+  type Shard,
+  type SourceSession,
+  START,
+  transactionStep,
+  type Turns,
+} from "../mod.ts";
+
+/** What SQLite stores. */
+export type SqliteValue = null | number | bigint | string | Uint8Array;
+
+/** What this adapter calls of a prepared statement. */
+export interface SqliteStatement {
+  /** Runs a statement that returns no rows. */
+  run(...values: SqliteValue[]): unknown;
+  /** The first row. */
+  get(...values: SqliteValue[]): unknown;
+  /** All rows. */
+  all(...values: SqliteValue[]): unknown[];
+  /** The rows, one by one. */
+  iterate(...values: SqliteValue[]): Iterable<unknown>;
+}
+
+/** What this adapter calls of a client: `npm:better-sqlite3` and `node:sqlite` both fit. */
+export interface SqliteClient {
+  /** Prepares one statement, with bare `?` as placeholders. */
+  prepare(sql: string): SqliteStatement;
+}
+
+/** How the adapter behaves. */
+export interface SqliteOptions {
+  /** A name for people; without secrets. */
+  readonly name?: string;
+  /**
+   * How long to wait for other writers before the error `busy`, in milliseconds. The wait is asynchronous.
+   *
+   * @default {5_000}
+   */
+  readonly waitMs?: number;
+  /**
+   * The store's clock, in milliseconds since 1970.
+   *
+   * @default {Date.now}
+   */
+  now?(): number;
+}
+
+/** What of an outbox to read, and what to do with delivered rows. */
+export interface SqliteOutboxOptions extends OutboxOptions, SqliteOptions {
+  /**
+   * Keep delivered rows, marked, until they are pruned.
+   *
+   * @default {false} They are deleted.
+   */
+  readonly keep?: boolean;
+}
+
+const VERSION = 1;
+
+// One list a version, forward only. Everything here is a contract with other languages; see the README.
+const MIGRATIONS: readonly (readonly string[])[] = [[
+  `create table effectonce_meta (name text primary key, value text not null) without rowid`,
+  // AUTOINCREMENT: without it SQLite hands out the numbers of deleted rows again (https://sqlite.org/autoinc.html).
+  // Not STRICT: that would refuse an INSERT of text as value.
+  `create table effectonce_outbox (
+  seq integer primary key autoincrement,
+  id text not null unique default (lower(printf('%s-%s-4%s-%s%s-%s', hex(randomblob(4)), hex(randomblob(2)),
+    substr(hex(randomblob(2)), 2), substr('89ab', 1 + (random() & 3), 1), substr(hex(randomblob(2)), 2),
+    hex(randomblob(6))))) check (id <> ''),
+  topic text not null check (topic <> ''),
+  key text,
+  value blob,
+  headers text not null default '{}' check (json_valid(headers) and json_type(headers) = 'object'),
+  created_at text not null default (strftime('%Y-%m-%dT%H:%M:%fZ', 'now')),
+  state text not null default 'pending' check (state in ('pending', 'waiting', 'parked', 'blocked', 'delivered')),
+  until_ms integer not null default 0,
+  reason text
+)`,
+  `create index effectonce_outbox_pending on effectonce_outbox (seq) where state = 'pending'`,
+  `create index effectonce_outbox_topic on effectonce_outbox (topic, seq) where state = 'pending'`,
+  `create index effectonce_outbox_held on effectonce_outbox (key, seq, state)
+  where state in ('waiting', 'parked', 'blocked')`,
+  `create index effectonce_outbox_until on effectonce_outbox (state, until_ms)
+  where state in ('waiting', 'parked', 'delivered')`,
+  `create table effectonce_effects (
+  scope text not null,
+  key text not null,
+  state text not null default 'done' check (state in ('claimed', 'waiting', 'done', 'rejected', 'uncertain')),
+  fence integer not null default 1,
+  attempt integer not null default 1,
+  generation integer not null default 1,
+  until_ms integer not null default 0,
+  first_ms integer,
+  doubt integer not null default 0,
+  fingerprint text,
+  request blob,
+  result text,
+  result_omitted integer not null default 0,
+  reason text,
+  evidence text,
+  changed_ms integer not null,
+  unique (scope, key)
+)`,
+  `create index effectonce_effects_open on effectonce_effects (state, scope, key) where state <> 'done'`,
+  `create index effectonce_effects_ended on effectonce_effects (changed_ms) where state in ('done', 'rejected')`,
+  `create table effectonce_shards (
+  relay text not null,
+  shard integer not null default 0,
+  generation integer not null default 1,
+  sealed integer not null default 0,
+  sealed_uid text not null default '',
+  settled integer not null default 0,
+  settled_uid text not null default '',
+  primary key (relay, shard)
+) without rowid`,
+  `create table effectonce_batches (
+  relay text not null,
+  shard integer not null default 0,
+  n integer not null,
+  uid text not null,
+  prev text not null,
+  rows text not null,
+  primary key (relay, shard, n)
+) without rowid`,
+  `create table effectonce_positions (
+  relay text not null,
+  source text not null,
+  n integer not null,
+  uid text not null,
+  prev text not null,
+  rows text not null,
+  primary key (relay, source, n)
+) without rowid`,
+  `create table effectonce_relays (
+  instance text primary key,
+  relay text not null,
+  protocol text not null,
+  topics text,
+  until_ms integer not null
+) without rowid`,
+]];
+
+/** The SQL of the tables, for people who run their own migrations; they also insert the version, as its last lines do. */
+export function sqliteSchema(): string {
+  const statements = [
+    ...MIGRATIONS.flat(),
+    `insert into effectonce_meta (name, value) values ('schema_version', '${VERSION}')`,
+    `insert into effectonce_meta (name, value) values ('outbox_id', lower(hex(randomblob(16))))`,
+  ];
+  return statements.map((sql) => `${sql};\n`).join("");
+}
+
+/** The primary result code (https://sqlite.org/rescode.html); 0 if the error is not SQLite's. */
+function resultCode(error: unknown): number {
+  if (!(error instanceof Error)) return 0;
+  const { errcode, errno, code } = error as { errcode?: unknown; errno?: unknown; code?: unknown };
+  if (typeof errcode === "number") return errcode & 0xff; // node:sqlite
+  if (typeof errno === "number") return errno & 0xff; // bun:sqlite
+  const name = typeof code === "string" ? /^SQLITE_([A-Z]+)/.exec(code)?.[1] : undefined; // better-sqlite3
+  return name === undefined ? 0 : CODES[name] ?? 1;
+}
+const CODES: Readonly<Record<string, number>> = {
+  ...{ BUSY: 5, LOCKED: 6, NOMEM: 7, READONLY: 8, IOERR: 10, CORRUPT: 11, FULL: 13, CANTOPEN: 14, NOTADB: 26 },
+};
+const isBusy = (error: unknown): boolean => [5, 6].includes(resultCode(error));
+const isOurs = (error: unknown): boolean => Object.values(CODES).includes(resultCode(error));
+
+/** What this module does with one client, whichever store or outbox asks. */
+interface Connection {
+  readonly turns: Turns;
+  readonly prepare: (sql: string) => SqliteStatement;
+  checked: boolean;
+}
+const connections = new WeakMap<SqliteClient, Connection>();
+
+interface Database {
+  readonly name: string;
+  readonly now: () => number;
+  readonly prepare: (sql: string) => SqliteStatement;
+  /** Runs in a transaction that reads one state of the database. */
+  read<T>(run: () => T): Promise<T>;
+  /** Runs in a transaction that nobody else writes in, from its start. */
+  write<T>(run: () => T): Promise<T>;
+  /** Runs outside of a transaction. */
+  alone<T>(run: () => T): Promise<T>;
+  /** As write, with awaits in it. */
+  transaction<T>(run: () => Promise<T>): Promise<T>;
+}
+
+function connectionOf(client: SqliteClient, name: string, waitMs: number): Connection {
+  const known = connections.get(client);
+  if (known) return known;
+  const statements = new Map<string, SqliteStatement>();
+  const connection = {
+    turns: createTurns(name, waitMs),
+    prepare(sql: string) {
+      let statement = statements.get(sql);
+      if (!statement) statements.set(sql, statement = client.prepare(sql));
+      return statement;
+    },
+    checked: false,
+  };
+  connections.set(client, connection);
+  return connection;
+}
+
+function open(client: SqliteClient, options: SqliteOptions, checks = true): Database {
+  const { name = "sqlite", waitMs = 5_000, now = Date.now } = options;
+  const connection = connectionOf(client, name, waitMs);
+  const { turns, prepare } = connection;
+
+  function begin(sql: string): void {
+    try {
+      prepared();
+      prepare(sql).run();
+    } catch (error) {
+      if (!(error instanceof Error && /(within|inside) a transaction/.test(error.message))) throw error;
+      throw new EffectError(
+        "source_invalid",
+        `A transaction is open on the connection of ${name}: give effectonce a connection of its own`,
+        { cause: error },
+      );
+    }
+  }
+  function rollback(): void {
+    try {
+      prepare("rollback").run();
+    } catch {
+      // Some errors have ended the transaction already (https://sqlite.org/lang_transaction.html).
+    }
+  }
+  /** Another process has the lock: waits without blocking the thread, which renews leases meanwhile. */
+  async function patiently<T>(run: () => T | Promise<T>): Promise<T> {
+    const until = realRuntime.now() + waitMs;
+    for (;;) {
+      try {
+        return await turns(run);
+      } catch (error) {
+        const cause = error instanceof Error && error.cause !== undefined && !isBusy(error) ? error.cause : error;
+        if (!isBusy(cause)) throw error;
+        if (realRuntime.now() > until) {
+          throw new EffectError("busy", `${name} has been locked by another writer for ${waitMs} ms`, { cause: error });
+        }
+        await realRuntime.sleep(1 + realRuntime.random() * 20);
+      }
+    }
+  }
+  function prepared(): void {
+    if (!checks || connection.checked) return;
+    checkSchema(prepare, name);
+    // A claim that a power cut takes back is an effect that runs twice. WAL builds often default to NORMAL.
+    // This cannot change inside a transaction, so it is set before the first one.
+    prepare("pragma synchronous = full").run();
+    connection.checked = true;
+  }
+  function within<T>(sql: string, run: () => T): () => T {
+    return () => {
+      begin(sql);
+      try {
+        const answer = run();
+        prepare("commit").run();
+        return answer;
+      } catch (error) {
+        rollback();
+        throw error;
+      }
+    };
+  }
+  return {
+    name,
+    now,
+    prepare,
+    read: (run) => patiently(within("begin", run)),
+    write: (run) => patiently(within("begin immediate", run)),
+    alone: (run) => patiently(run),
+    transaction: (run) =>
+      patiently(async () => {
+        begin("begin immediate");
+        try {
+          const answer = await run();
+          prepare("commit").run();
+          return answer;
+        } catch (error) {
+          rollback();
+          throw error;
+        }
+      }),
+  };
+}
+
+function checkSchema(prepare: Database["prepare"], name: string): void {
+  const row = prepare("select name from sqlite_master where type = 'table' and name = 'effectonce_meta'").get();
+  const missing = `${name} has no effectonce tables of version ${VERSION}: run "init" (or migrateSqlite) first`;
+  if (!row) throw new EffectError("schema_missing", missing);
+  const found = prepare("select value from effectonce_meta where name = 'schema_version'").get();
+  const version = Number((found as { value: string } | undefined)?.value ?? 0);
+  if (version > VERSION) {
+    throw new EffectError(
+      "schema_newer",
+      `${name} has tables of version ${version}, this effectonce knows ${VERSION}: upgrade it`,
+    );
+  }
+  if (version < VERSION) throw new EffectError("schema_missing", missing);
+}
+
+/**
+ * Creates or upgrades the tables, and sets WAL. Repeating it is harmless, also by two processes at once.
+ *
+ * @throws {EffectError} `schema_newer` if the tables are of a newer version than this package.
+ */
+export async function migrateSqlite(client: SqliteClient, options: SqliteOptions = {}): Promise<void> {
+  const { prepare, write, alone, name } = open(client, options, false);
+  await write(() => {
+    const exists = prepare("select name from sqlite_master where type = 'table' and name = 'effectonce_meta'").get();
+    const found = exists ? prepare("select value from effectonce_meta where name = 'schema_version'").get() : undefined;
+    const version = Number((found as { value: string } | undefined)?.value ?? 0);
+    if (version > VERSION) checkSchema(prepare, name);
+    for (const statement of MIGRATIONS.slice(version).flat()) client.prepare(statement).run();
+    prepare("insert or replace into effectonce_meta (name, value) values ('schema_version', ?)").run(String(VERSION));
+    prepare("insert or ignore into effectonce_meta (name, value) values ('outbox_id', ?)").run(crypto.randomUUID());
+  });
+  // After the tables, so that a refused database is left as it was. Readers and a writer do not stop each other in WAL.
+  await alone(() => prepare("pragma journal_mode = wal").get());
+}
+
+const bytesOf = (value: Uint8Array | null): Uint8Array | null =>
+  value && new Uint8Array(value.buffer, value.byteOffset, value.byteLength); // better-sqlite3 gives Buffers
+
+// --------------------------------------------------------------------------------------------------------------- effects
+
+const COLUMNS = `scope, key, state, fence, attempt, generation, until_ms, first_ms, doubt, fingerprint, request, result,
+  result_omitted, reason, evidence, changed_ms`;
+const SELECT_EFFECT = `select ${COLUMNS} from effectonce_effects where scope = ? and key = ?`;
+const WRITE_EFFECT = `insert into effectonce_effects (${COLUMNS}) values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+  on conflict (scope, key) do update set state = excluded.state, fence = excluded.fence, attempt = excluded.attempt,
+  generation = excluded.generation, until_ms = excluded.until_ms, first_ms = excluded.first_ms, doubt = excluded.doubt,
+  fingerprint = excluded.fingerprint, request = excluded.request, result = excluded.result,
+  result_omitted = excluded.result_omitted, reason = excluded.reason, evidence = excluded.evidence,
+  changed_ms = excluded.changed_ms`;
+// Insert first, never check then act; the row counts as claimed and done when the caller's transaction commits.
+const CLAIM_IN_TRANSACTION = `insert into effectonce_effects (scope, key, fingerprint, request, changed_ms)
+  values (?, ?, ?, ?, ?) on conflict (scope, key) do nothing returning 1`;
+const COMPLETE_IN_TRANSACTION = `update effectonce_effects set result = ?, result_omitted = ?
+  where scope = ? and key = ? returning 1`;
+const ENQUEUE = `insert into effectonce_outbox (id, topic, key, value, headers) values (?, ?, ?, ?, ?)
+  on conflict (id) do nothing returning 1`;
+const ADVANCE = `insert into effectonce_positions (relay, source, n, uid, prev, rows) values (?, ?, ?, ?, ?, ?)
+  on conflict do nothing returning 1`;
+const FORGET_POSITIONS = `delete from effectonce_positions where relay = ? and source = ? and n <= ? returning 1`;
+const SELECT_POSITIONS = `select n, uid, prev, rows from effectonce_positions where relay = ? and source = ?`;
+/** How many positions are kept to repair a source that went back in time. */
+const RING = 1000;
+
+interface StoredEffect {
+  scope: string;
+  key: string;
+  state: EffectState;
+  fence: number;
+  attempt: number;
+  generation: number;
+  until_ms: number;
+  first_ms: number | null;
+  doubt: number;
+  fingerprint: string | null;
+  request: Uint8Array | null;
+  result: string | null;
+  result_omitted: number;
+  reason: string | null;
+  evidence: string | null;
+  changed_ms: number;
+}
+
+function toEffect(stored: unknown): EffectRow | undefined {
+  if (!stored) return undefined;
+  const row = stored as StoredEffect;
+  return {
+    scope: row.scope,
+    key: row.key,
+    state: row.state,
+    fence: row.fence,
+    attempt: row.attempt,
+    generation: row.generation,
+    untilMs: row.until_ms,
+    firstMs: row.first_ms,
+    doubt: row.doubt !== 0,
+    fingerprint: row.fingerprint,
+    request: bytesOf(row.request),
+    result: row.result,
+    resultOmitted: row.result_omitted !== 0,
+    reason: row.reason,
+    evidence: row.evidence,
+    changedMs: row.changed_ms,
+  };
+}
+
+function fromEffect(row: EffectRow): SqliteValue[] {
+  const { scope, key, state, fence, attempt, generation, untilMs, firstMs, fingerprint, request, result, reason } = row;
+  const start = [scope, key, state, fence, attempt, generation, untilMs, firstMs, row.doubt ? 1 : 0, fingerprint, request];
+  return [...start, result, row.resultOmitted ? 1 : 0, reason, row.evidence, row.changedMs];
+}
+
+const toPosition = (stored: unknown): Position => {
+  const { n, uid, prev, rows } = stored as { n: number; uid: string; prev: string; rows: string };
+  return { n, uid, prev, rows: JSON.parse(rows) };
+};
+
+/** Remembers the first failure: a transaction in which a statement failed must not commit, even if the error was caught. */
+function handle(sql: RunSql, now: () => number): { readonly effects: EffectTransaction; readonly failure: () => unknown } {
+  let failure: { readonly error: unknown } | undefined;
+  const mine = new Set<string>();
+  const nameOf = (scope: string, key: string) => JSON.stringify([scope, key]);
+  async function guarded<T>(run: () => Promise<T>): Promise<T> {
+    try {
+      return await run();
+    } catch (error) {
+      failure ??= { error };
+      throw error;
+    }
+  }
+  const claim: EffectTransaction["claim"] = (key, { request } = {}) =>
+    guarded(async (): Promise<Claim> => {
+      checkKey(key);
+      const { bytes, fingerprint } = request === undefined ? NO_REQUEST : await encodeRequest(request);
+      const [inserted] = await sql(CLAIM_IN_TRANSACTION, [key.scope, key.key, fingerprint, bytes, now()]);
+      if (inserted) {
+        mine.add(nameOf(key.scope, key.key));
+        return { state: "claimed", fence: 1, attempt: 1, generation: 1, request: bytes };
+      }
+      const [stored] = await sql(SELECT_EFFECT, [key.scope, key.key]);
+      const { write, answer } = transactionStep(key, fingerprint, bytes)(toEffect(stored), now());
+      if (write) {
+        await sql(`${WRITE_EFFECT} returning 1`, fromEffect(write));
+        mine.add(nameOf(key.scope, key.key));
+      }
+      return answer;
+    });
+  return {
+    failure: () => failure?.error,
+    effects: {
+      claim,
+      async claimAll(keys) {
+        const claims: Claim[] = [];
+        for (const key of keys) claims.push(await claim(key));
+        return claims;
+      },
+      complete: (key, result) =>
+        guarded(async () => {
+          if (!mine.has(nameOf(key.scope, key.key))) throw notClaimed(key);
+          const { text, omitted } = encodeResult(result);
+          await sql(COMPLETE_IN_TRANSACTION, [text, omitted ? 1 : 0, key.scope, key.key]);
+        }),
+      enqueue: (...messages) =>
+        guarded(async () => {
+          for (const message of messages) {
+            const { id, topic, key, value, headers } = encodeMessage(message);
+            const [inserted] = await sql(ENQUEUE, [id, topic, key, value, JSON.stringify(headers)]);
+            if (!inserted) throw new RangeError(`Cannot enqueue "${id}": this id is in the outbox already`);
+          }
+        }),
+      advance: ({ relay, source }, { n, uid, prev, rows }) =>
+        guarded(async () => {
+          const [stored] = await sql(`${SELECT_POSITIONS} order by n desc limit 1`, [relay, source]);
+          checkAdvance(stored ? toPosition(stored) : START, { n, uid, prev, rows });
+          await sql(ADVANCE, [relay, source, n, uid, prev, JSON.stringify(rows)]);
+          await sql(FORGET_POSITIONS, [relay, source, n - RING]);
+        }),
+    },
+  };
+}
+const NO_REQUEST = { bytes: null, fingerprint: null };
+
+/** Claims and positions in the tables that {@linkcode migrateSqlite} made. Several processes may share one file. */
+export function sqliteStore<Client extends SqliteClient>(client: Client, options: SqliteOptions = {}): EffectStore<Client> {
+  const database = open(client, options);
+  const { prepare, read, write, now } = database;
+  const runOn = (client: SqliteClient): RunSql => {
+    const { prepare } = connectionOf(client, database.name, options.waitMs ?? 5_000);
+    // deno-lint-ignore require-await -- what throws here must reject
+    return async (sql, values) => prepare(sql).all(...values as SqliteValue[]) as Record<string, unknown>[];
+  };
+  return {
+    ...claimStore({
+      name: database.name,
+      change: (steps) =>
+        write(() =>
+          steps.map(({ key, step }) => {
+            const { write, answer } = step(toEffect(prepare(SELECT_EFFECT).get(key.scope, key.key)), now());
+            if (write) prepare(WRITE_EFFECT).run(...fromEffect(write));
+            return answer;
+          })
+        ),
+      list({ state, scope, key, limit, after }) {
+        const conditions = ["true"];
+        const values: SqliteValue[] = [];
+        const where = (condition: string, ...given: SqliteValue[]) => {
+          conditions.push(condition);
+          values.push(...given);
+        };
+        if (state !== undefined) where(state === "done" ? "state = ?" : "state <> 'done' and state = ?", state);
+        if (scope !== undefined) where("scope = ?", scope);
+        if (key !== undefined) where("key = ?", key);
+        if (after !== undefined) where("(scope, key) > (?, ?)", after.scope, after.key);
+        const sql = `select ${COLUMNS} from effectonce_effects where ${
+          conditions.join(" and ")
+        } order by scope, key limit ?`;
+        return read(() => prepare(sql).all(...values, limit).map((stored) => toEffect(stored)!));
+      },
+      count: () =>
+        read(() => {
+          const counts: Record<EffectState, number> = { claimed: 0, waiting: 0, done: 0, rejected: 0, uncertain: 0 };
+          // Only what is not done is indexed by state: a claim that is done at once costs no index entry.
+          const open = prepare(`select state, count(*) as n from effectonce_effects where state <> 'done' group by state`)
+            .all();
+          const all = prepare(`select count(*) as n from effectonce_effects`).get() as { n: number };
+          counts.done = all.n;
+          for (const { state, n } of open as { state: EffectState; n: number }[]) {
+            counts[state] = n;
+            counts.done -= n;
+          }
+          return counts;
+        }),
+      prune: ({ olderThanMs, limit }) =>
+        write(() =>
+          // A key whose message is still in the outbox would be a new key.
+          prepare(`delete from effectonce_effects where rowid in (select rowid from effectonce_effects
+            where state in ('done', 'rejected') and changed_ms <= ?
+            and not exists (select 1 from effectonce_outbox o where o.id = effectonce_effects.key and o.state <> 'delivered')
+            order by changed_ms limit ?) returning 1`).all(now() - olderThanMs, limit).length
+        ),
+    }),
+    transaction: (run) =>
+      database.transaction(async () => {
+        const { effects, failure } = handle(runOn(client), now);
+        const answer = await run(effects, client);
+        if (failure() !== undefined) throw failure();
+        return answer;
+      }),
+    join(open) {
+      if (typeof open === "function") return handle(open as RunSql, now).effects;
+      const { inTransaction, isTransaction } = open as { inTransaction?: boolean; isTransaction?: boolean };
+      if ((inTransaction ?? isTransaction) === false) {
+        throw new RangeError(`Cannot join ${database.name}: no transaction is open on this client`);
+      }
+      return handle(runOn(open), now).effects;
+    },
+    positions: ({ relay, source }) =>
+      read(() => prepare(`${SELECT_POSITIONS} order by n`).all(relay, source).map((stored) => toPosition(stored))),
+    isDatabaseFailure: isOurs,
+  };
+}
+
+// ---------------------------------------------------------------------------------------------------------------- outbox
+
+const HELD = "state in ('waiting', 'parked', 'blocked')";
+
+interface StoredMessage {
+  seq: string;
+  id: string;
+  topic: string;
+  key: string | null;
+  value: Uint8Array | string | number | null;
+  headers: string;
+  created_at: string;
+  behind: number;
+}
+
+const encoder = new TextEncoder();
+
+function toMessage({ id, topic, key, value, headers, created_at }: StoredMessage): Message {
+  const texts: Record<string, string> = {};
+  for (const [name, text] of Object.entries(JSON.parse(headers))) {
+    texts[name] = typeof text === "string" ? text : JSON.stringify(text);
+  }
+  return createMessage({
+    id,
+    topic,
+    key,
+    // A plain INSERT may have stored text or a number.
+    value: value === null || value instanceof Uint8Array ? bytesOf(value) : encoder.encode(String(value)),
+    headers: texts,
+    time: new Date(created_at),
+  });
+}
+
+/** The table `effectonce_outbox` as a source, for the relays and for operators. */
+export function sqliteOutbox(client: SqliteClient, options: SqliteOutboxOptions = {}): Outbox {
+  const { topics, keep = false } = options;
+  const { name, prepare, read, write, now } = open(client, options);
+  const mine = topics ? ` and topic in (${topics.map(() => "?").join(", ")})` : "";
+  const given: readonly string[] = topics ?? [];
+  // seq as text: it may exceed 2^53. A row is behind if one of its key, before it, waits or is set aside.
+  const select = (held: string, extra: string): string => {
+    const columns = `select cast(o.seq as text) as seq, id, topic, key, value, headers, created_at,
+      key is not null and exists (select 1 from effectonce_outbox h where h.key = o.key and h.seq < o.seq
+        and h.${HELD} and h.state <> '${held}'${mine}) as behind
+      from effectonce_outbox o where state = 'pending'${extra}`;
+    if (!topics) return `${columns} order by o.seq limit ?`;
+    // A part for each topic, so that each reads its own index only as far as the limit.
+    const parts = topics.map(() => `select * from (${columns} and topic = ? order by o.seq limit ?)`);
+    return `select * from (${parts.join(" union all ")}) order by cast(seq as integer) limit ?`;
+  };
+  const selectValues = (limit: number, extra: readonly SqliteValue[]): SqliteValue[] =>
+    topics ? [...topics.flatMap((topic) => [...given, ...extra, topic, limit]), limit] : [...extra, limit];
+
+  /** Frees what was held back behind a message of this key, as far as nothing else of the key is in the way. */
+  function unblock(key: string | null, onPark: "block" | "skip"): void {
+    if (key === null) return;
+    const stop = onPark === "block" ? "('waiting', 'parked')" : "('waiting')";
+    // In portions: each settled message of the key calls this again.
+    prepare(`update effectonce_outbox set state = 'pending' where seq in (
+      select seq from effectonce_outbox o where key = ? and ${HELD} and state = 'blocked'${mine}
+      and seq < coalesce((select seq from effectonce_outbox h where h.key = o.key and h.${HELD} and h.state in ${stop}${mine}
+        order by h.seq limit 1), 9223372036854775807)
+      order by seq limit 1000)`).run(key, ...given, ...given);
+  }
+  function remove(where: string, ...values: SqliteValue[]): { readonly key: string | null }[] {
+    const sql = keep
+      ? `update effectonce_outbox set state = 'delivered', until_ms = ? where ${where} returning key`
+      : `delete from effectonce_outbox where ${where} returning key`;
+    return prepare(sql).all(...keep ? [now(), ...values] : values) as { readonly key: string | null }[];
+  }
+  const unblockAll = (rows: readonly { readonly key: string | null }[], onPark: "block" | "skip") => {
+    for (const key of new Set(rows.map(({ key }) => key))) unblock(key, onPark);
+  };
+  function setAside(parks: readonly Park[], onPark: "block" | "skip"): void {
+    for (const { message, reason, retryMs } of parks) {
+      const state = retryMs === null ? "parked" : "waiting";
+      prepare(`update effectonce_outbox set state = ?, until_ms = ?, reason = ? where id = ? and state <> 'delivered'`)
+        .run(state, now() + (retryMs ?? 0), reason, message.id);
+      if (state === "parked" && onPark === "skip") unblock(message.key, onPark);
+    }
+  }
+  /** When the next waiting message will have waited long enough; those that have are pending again. */
+  function nextWait(): number | null {
+    const next = prepare(`select until_ms from effectonce_outbox where ${WAITING}${mine} order by until_ms limit 1`)
+      .get(...given) as { until_ms: number } | undefined;
+    return next ? next.until_ms - now() : null;
+  }
+  function wake(): void {
+    prepare(`update effectonce_outbox set state = 'pending' where ${WAITING} and until_ms <= ?${mine}`).run(now(), ...given);
+  }
+  function find(id: string): { key: string | null } | undefined {
+    const sql = `select key from effectonce_outbox where id = ? and state = 'parked'${mine}`;
+    return (prepare(sql).get(id, ...given) ?? undefined) as { key: string | null } | undefined;
+  }
+
+  async function openSession(relay: string, protocol: string, onPark: "block" | "skip", leaseMs: number) {
+    const instance = crypto.randomUUID();
+    const registration = topics ? JSON.stringify(topics.toSorted()) : null;
+    const held = onPark === "block" ? "" : "parked";
+    const cache = new Map<string, Batch>();
+
+    const { id, inherited } = await write(() => {
+      const others = prepare(`select instance, relay, protocol, topics, until_ms from effectonce_relays`).all();
+      let inherited = false;
+      for (const stored of others) {
+        const other = stored as {
+          instance: string;
+          relay: string;
+          protocol: string;
+          topics: string | null;
+          until_ms: number;
+        };
+        const theirs: readonly string[] | null = other.topics === null ? null : JSON.parse(other.topics);
+        if (topics && theirs && !theirs.some((topic) => topics.includes(topic))) continue;
+        const ended = other.until_ms <= now();
+        const leavesNothing = ended && other.protocol === "plain";
+        if (!leavesNothing) {
+          if (other.relay !== relay) throw overlapping(name, other.relay, relay, topics);
+          if (other.protocol !== protocol) {
+            throw new EffectError(
+              "source_invalid",
+              `Relay "${relay}" of ${name} has messages under way by the ${other.protocol} protocol, this sink needs the ` +
+                `${protocol} one: let it finish with its own sink first`,
+            );
+          }
+        }
+        if (!ended) continue;
+        inherited ||= !leavesNothing;
+        const covered = !topics || theirs?.every((topic) => topics.includes(topic));
+        if (leavesNothing || covered) prepare(`delete from effectonce_relays where instance = ?`).run(other.instance);
+      }
+      prepare(`insert into effectonce_relays (instance, relay, protocol, topics, until_ms) values (?, ?, ?, ?, ?)`)
+        .run(instance, relay, protocol, registration, now() + leaseMs);
+      prepare(`insert or ignore into effectonce_shards (relay) values (?)`).run(relay);
+      // What was held back behind rows that a person deleted, or that this relay lets pass.
+      const stop = onPark === "block" ? "'blocked'" : "'blocked', 'parked'";
+      const freed = prepare(`select distinct key from effectonce_outbox o where ${HELD} and state = 'blocked'${mine}
+        and (select state from effectonce_outbox h where h.key = o.key and h.${HELD}${mine} order by h.seq limit 1)
+        in (${stop})`).all(...given, ...given) as { key: string }[];
+      unblockAll(freed, onPark);
+      const { value } = prepare(`select value from effectonce_meta where name = 'outbox_id'`).get() as { value: string };
+      return { id: value, inherited };
+    });
+
+    /** Pending rows in order, without those that are behind; these are marked, so that they never fill the window again. */
+    function pendingRows({ rows, bytes }: ReadLimits, extra: string, values: readonly SqliteValue[], mayWrite: boolean) {
+      const found: StoredMessage[] = [];
+      const behind: string[] = [];
+      let size = 0;
+      for (const stored of prepare(select(held, extra)).iterate(...selectValues(Math.max(rows, 1), values))) {
+        const row = stored as StoredMessage;
+        if (row.behind) {
+          behind.push(row.seq);
+          continue;
+        }
+        if (behind.length > 0 && mayWrite) continue; // To be read again once those are marked.
+        size += typeof row.value === "string" || row.value instanceof Uint8Array ? row.value.length : 0;
+        if (size > bytes && found.length > 0) break;
+        found.push(row);
+      }
+      return { found, behind };
+    }
+    function block(seqs: readonly string[]): void {
+      // Looks again: what held them back may be gone since they were read.
+      const sql = `update effectonce_outbox as o set state = 'blocked' where seq = cast(? as integer) and state = 'pending'
+        and exists (select 1 from effectonce_outbox h where h.key = o.key and h.seq < o.seq
+          and h.${HELD} and h.state <> '${held}'${mine})`;
+      for (const seq of seqs) prepare(sql).run(seq, ...given);
+    }
+    function pendingNow(limits: ReadLimits, extra: string, values: readonly SqliteValue[]): StoredMessage[] {
+      for (;;) {
+        const { found, behind } = pendingRows(limits, extra, values, true);
+        if (behind.length === 0) return found;
+        block(behind);
+      }
+    }
+
+    const readShard = (): Shard => {
+      const row = prepare(
+        `select sealed, sealed_uid, settled, settled_uid from effectonce_shards where relay = ? and shard = 0`,
+      )
+        .get(relay) as { sealed: number; sealed_uid: string; settled: number; settled_uid: string };
+      return { sealed: row.sealed, sealedUid: row.sealed_uid, settled: row.settled, settledUid: row.settled_uid };
+    };
+    const readBatches = (): Position[] =>
+      prepare(`select n, uid, prev, rows from effectonce_batches where relay = ? and shard = 0 order by n`).all(relay)
+        .map((stored) => toPosition(stored));
+    /** Steps a to d of the protocol, under the lock: what the sink has committed is deleted, and forks are repaired. */
+    function settleUpTo(ring: readonly Position[]) {
+      const before = readShard();
+      const plan = settlePlan(before, readBatches(), ring);
+      for (const [seq, id] of plan.settle) {
+        unblockAll(remove(`seq = cast(? as integer) and id = ?`, seq, id), onPark);
+      }
+      prepare(`delete from effectonce_batches where relay = ? and shard = 0 and (? or n <= ?)`)
+        .run(relay, plan.repaired.length > 0 ? 1 : 0, plan.shard.settled);
+      return { before, ...plan };
+    }
+    function writeShard({ sealed }: Shard, next: Shard): void {
+      const { sealed: number, sealedUid, settled, settledUid } = next;
+      const changed = prepare(`update effectonce_shards set sealed = ?, sealed_uid = ?, settled = ?, settled_uid = ?
+        where relay = ? and shard = 0 and sealed = ? returning 1`)
+        .all(number, sealedUid, settled, settledUid, relay, sealed);
+      if (changed.length !== 1) throw new EffectError("fenced", `Another relay has sealed a batch of ${name} meanwhile`);
+    }
+    const SEALED = ` and o.seq not in (select cast(json_extract(r.value, '$[0]') as integer)
+      from effectonce_batches b, json_each(b.rows) r where b.relay = ? and b.shard = 0)`;
+    function withMessages(batch: Position): Batch {
+      const messages = [];
+      for (const [seq, id] of batch.rows) {
+        const stored = prepare(`select cast(seq as text) as seq, id, topic, key, value, headers, created_at, 0 as behind
+          from effectonce_outbox where seq = cast(? as integer) and id = ?`).get(seq, id);
+        if (stored) messages.push(toMessage(stored as StoredMessage));
+      }
+      return { ...batch, messages };
+    }
+
+    const session: SourceSession = {
+      id,
+      inherited,
+      async read(limits) {
+        for (;;) {
+          const { found, behind, waitMs } = await read(() => {
+            return { ...pendingRows(limits, "", [], true), waitMs: nextWait() };
+          });
+          if (behind.length === 0 && (waitMs === null || waitMs > 0)) return { messages: found.map(toMessage), waitMs };
+          await write(() => {
+            wake();
+            block(behind);
+          });
+        }
+      },
+      settle: (messages) =>
+        write(() => {
+          unblockAll(messages.flatMap(({ id }) => remove(`id = ? and state <> 'delivered'`, id)), onPark);
+        }),
+      park: (parks) => write(() => setAside(parks, onPark)),
+      settled: () => read(() => readShard().settled),
+      async seal(ring, limits) {
+        const cursor = ring.at(-1) ?? START;
+        // A look first: an idle relay writes nothing.
+        const { idle, waitMs } = await read(() => {
+          const shard = readShard();
+          const waitMs = nextWait();
+          const quiet = shard.settled === cursor.n && shard.settledUid === cursor.uid && shard.sealed === cursor.n &&
+            (waitMs === null || waitMs > 0);
+          return { idle: quiet && pendingRows({ rows: 1, bytes: 1 }, "", [], false).found.length === 0, waitMs };
+        });
+        if (idle) return { batches: [], waitMs, repaired: [] };
+        return await write(() => {
+          const { before, shard, remaining, repaired } = settleUpTo(ring);
+          let next = shard;
+          const batches = [...remaining];
+          if (batches.length < 2) {
+            wake();
+            const stored = pendingNow(limits, SEALED, [relay]);
+            if (stored.length > 0) {
+              const rows = stored.map(({ seq, id }) => [seq, id] as const);
+              const uid = createHash("sha256").update(chainText(shard.sealedUid, rows)).digest("hex");
+              const batch = { n: shard.sealed + 1, uid, prev: shard.sealedUid, rows };
+              prepare(`insert into effectonce_batches (relay, n, uid, prev, rows) values (?, ?, ?, ?, ?)`)
+                .run(relay, batch.n, uid, batch.prev, JSON.stringify(rows));
+              next = { ...shard, sealed: batch.n, sealedUid: uid };
+              batches.push(batch);
+              cache.set(uid, { ...batch, messages: stored.map(toMessage) });
+            }
+          }
+          writeShard(before, next);
+          const handed = batches.map((batch) => cache.get(batch.uid) ?? withMessages(batch));
+          cache.clear();
+          for (const batch of handed) cache.set(batch.uid, batch);
+          return { batches: handed, waitMs: nextWait(), repaired };
+        });
+      },
+      unseal: (ring, parks) =>
+        write(() => {
+          const { before } = settleUpTo(ring);
+          prepare(`delete from effectonce_batches where relay = ? and shard = 0`).run(relay);
+          writeShard(before, settledShard(ring.at(-1) ?? START));
+          cache.clear();
+          setAside(parks, onPark);
+        }),
+      renew: () =>
+        write(() => {
+          prepare(`update effectonce_relays set until_ms = ? where instance = ?`).run(now() + leaseMs, instance);
+        }),
+      close: (settled) =>
+        write(() => {
+          const left = !settled ||
+            prepare(`select 1 from effectonce_outbox where ${HELD}${mine} limit 1`).get(...given) ||
+            prepare(`select 1 from effectonce_batches where relay = ? limit 1`).get(relay);
+          const sql = left
+            ? `update effectonce_relays set until_ms = 0 where instance = ?`
+            : `delete from effectonce_relays where instance = ?`;
+          prepare(sql).run(instance);
+        }),
+    };
+    return session;
+  }
+
+  return {
+    name,
+    seals: true,
+    open: ({ relay, protocol, onPark, leaseMs }) => openSession(relay, protocol, onPark, leaseMs),
+    status: () =>
+      read(() => {
+        const { pending, parked, oldest } = prepare(`select
+          (select count(*) from effectonce_outbox where state = 'pending'${mine}) +
+          (select count(*) from effectonce_outbox where ${HELD} and state <> 'parked'${mine}) as pending,
+          (select count(*) from effectonce_outbox where ${HELD} and state = 'parked'${mine}) as parked,
+          (select min(created_at) from effectonce_outbox where seq in (
+            select min(seq) from effectonce_outbox where state = 'pending'${mine} union all
+            select min(seq) from effectonce_outbox where ${HELD} and state <> 'parked'${mine})) as oldest`)
+          .get(...given, ...given, ...given, ...given, ...given) as {
+            pending: number;
+            parked: number;
+            oldest: string | null;
+          };
+        const oldestMs = oldest === null ? null : Math.max(0, now() - new Date(oldest).getTime());
+        return { pending, parked, oldestMs };
+      }),
+    parked: (limit = 1000) =>
+      read(() => {
+        const sql = `select id, topic, key, reason, until_ms from effectonce_outbox where ${HELD} and state = 'parked'${mine}
+          order by seq limit ?`;
+        type Stored = { id: string; topic: string; key: string | null; reason: string | null; until_ms: number };
+        return (prepare(sql).all(...given, limit) as Stored[])
+          .map(({ id, topic, key, reason, until_ms }) => ({
+            id,
+            topic,
+            key,
+            reason: reason ?? "",
+            since: new Date(until_ms),
+          }));
+      }),
+    release: (id) =>
+      write(() => {
+        const found = find(id);
+        if (!found) return false;
+        prepare(`update effectonce_outbox set state = 'pending', reason = null where id = ?`).run(id);
+        return true; // What it held back is freed when it is delivered.
+      }),
+    discard: (id) =>
+      write(() => {
+        const found = find(id);
+        if (!found) return false;
+        prepare(`delete from effectonce_outbox where id = ?`).run(id);
+        unblock(found.key, "block");
+        return true;
+      }),
+    prune: ({ olderThanMs, limit = 1000 }) =>
+      write(() =>
+        prepare(`delete from effectonce_outbox where seq in (select seq from effectonce_outbox
+          where state in ('waiting', 'parked', 'delivered') and state = 'delivered' and until_ms <= ?${mine}
+          order by until_ms limit ?) returning 1`).all(now() - olderThanMs, ...given, limit).length
+      ),
+  };
+}
+
+const WAITING = "state in ('waiting', 'parked', 'delivered') and state = 'waiting'";
