@@ -1290,6 +1290,8 @@ export interface Outbox extends Source {
   status(): Promise<OutboxStatus>;
   /** Parked messages in the order of their numbers, at most `limit` (default 1000). */
   parked(limit?: number): Promise<readonly ParkedMessage[]>;
+  /** A parked message; undefined if no such message is parked. */
+  find(id: string): Promise<ParkedMessage | undefined>;
   /** Lets a parked message, and what it held back, be delivered again; false if no such message is parked. */
   release(id: string): Promise<boolean>;
   /** Removes a parked message for good, and frees what it held back; false if no such message is parked. */

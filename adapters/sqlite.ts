@@ -45,6 +45,7 @@ import {
   type OutboxOptions,
   overlapping,
   type Park,
+  type ParkedMessage,
   type Position,
   type ReadLimits,
   realRuntime,
@@ -691,10 +692,14 @@ export function sqliteOutbox(client: SqliteClient, options: SqliteOutboxOptions 
   function wake(): void {
     prepare(`update effectonce_outbox set state = 'pending' where ${WAITING} and until_ms <= ?${mine}`).run(now(), ...given);
   }
-  function find(id: string): { key: string | null } | undefined {
-    const sql = `select key from effectonce_outbox where id = ? and state = 'parked'${mine}`;
-    return (prepare(sql).get(id, ...given) ?? undefined) as { key: string | null } | undefined;
+  function parked(condition: string, ...values: SqliteValue[]): readonly ParkedMessage[] {
+    const sql = `select id, topic, key, reason, until_ms from effectonce_outbox
+      where ${HELD} and state = 'parked'${mine} and ${condition}`;
+    type Stored = { id: string; topic: string; key: string | null; reason: string | null; until_ms: number };
+    return (prepare(sql).all(...given, ...values) as Stored[])
+      .map(({ id, topic, key, reason, until_ms }) => ({ id, topic, key, reason: reason ?? "", since: new Date(until_ms) }));
   }
+  const find = (id: string): ParkedMessage | undefined => parked("id = ?", id)[0];
 
   async function openSession(relay: string, protocol: string, onPark: "block" | "skip", leaseMs: number) {
     const instance = crypto.randomUUID();
@@ -922,24 +927,11 @@ export function sqliteOutbox(client: SqliteClient, options: SqliteOutboxOptions 
         const oldestMs = oldest === null ? null : Math.max(0, now() - new Date(oldest).getTime());
         return { pending, parked, oldestMs };
       }),
-    parked: (limit = 1000) =>
-      read(() => {
-        const sql = `select id, topic, key, reason, until_ms from effectonce_outbox where ${HELD} and state = 'parked'${mine}
-          order by seq limit ?`;
-        type Stored = { id: string; topic: string; key: string | null; reason: string | null; until_ms: number };
-        return (prepare(sql).all(...given, limit) as Stored[])
-          .map(({ id, topic, key, reason, until_ms }) => ({
-            id,
-            topic,
-            key,
-            reason: reason ?? "",
-            since: new Date(until_ms),
-          }));
-      }),
+    parked: (limit = 1000) => read(() => parked("true order by seq limit ?", limit)),
+    find: (id) => read(() => find(id)),
     release: (id) =>
       write(() => {
-        const found = find(id);
-        if (!found) return false;
+        if (!find(id)) return false;
         prepare(`update effectonce_outbox set state = 'pending', reason = null where id = ?`).run(id);
         return true; // What it held back is freed when it is delivered.
       }),

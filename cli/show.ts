@@ -1,0 +1,95 @@
+/**
+ * What `relay` shows: the guarantee, what a person must know, and on a terminal a live line.
+ *
+ * @module
+ */
+import type { Outbox, RelayEvent } from "../mod.ts";
+
+/** How to show a relay. */
+export interface ShowOptions {
+  /** One event a line, as JSON. */
+  readonly json: boolean;
+  /** The messages themselves go to stdout, so that everything else goes to stderr. */
+  readonly messagesOnStdout: boolean;
+  /** Whether the relay stops at the end: there is a whole to be at some part of. */
+  readonly drain: boolean;
+  /** Asked for what is pending. */
+  readonly outbox: Outbox;
+}
+
+/** Shows events. */
+export interface Shown {
+  /** Shows one. */
+  event(event: RelayEvent): void;
+  /** Clears the live line. */
+  end(): void;
+}
+
+const encoder = new TextEncoder();
+
+/** Makes the observer of a relay that runs in a terminal, or in a script. */
+export function showRelay({ json, messagesOnStdout, drain, outbox }: ShowOptions): Shown {
+  const out = messagesOnStdout ? Deno.stderr : Deno.stdout;
+  const live = !json && Deno.stderr.isTerminal();
+  const counts = { delivered: 0, parked: 0, uncertain: 0 };
+  let before = 0;
+  let timer: ReturnType<typeof setInterval> | undefined;
+  const raw = (stream: { writeSync(bytes: Uint8Array): number }, text: string) => {
+    const bytes = encoder.encode(text);
+    for (let done = 0; done < bytes.length;) done += stream.writeSync(bytes.subarray(done));
+  };
+  const clear = () => live && raw(Deno.stderr, "\r\x1b[K");
+  const line = (text: string) => {
+    clear();
+    raw(out, `${text}\n`);
+  };
+  async function tick(): Promise<void> {
+    const status = await outbox.status().catch(() => undefined);
+    if (!status || timer === undefined) return;
+    const rate = counts.delivered - before;
+    before = counts.delivered;
+    const age = status.oldestMs === null ? "" : ` · oldest ${Math.round(status.oldestMs / 1000)} s`;
+    const total = counts.delivered + status.pending;
+    const part = total === 0 ? 1 : counts.delivered / total;
+    const bar = drain ? `[${"#".repeat(Math.floor(part * 20)).padEnd(20, ".")}] ${Math.floor(part * 100)} % · ` : "";
+    const doubt = `${status.parked} parked · ${counts.uncertain} in doubt`;
+    raw(Deno.stderr, `\r\x1b[K${bar}${rate}/s · ${status.pending} pending · ${doubt}${age}`);
+  }
+  function tell(event: RelayEvent): void {
+    switch (event.type) {
+      case "started": {
+        const { level, protocol, reasons } = event.guarantee;
+        line(`relay "${event.relay}": ${event.from} -> ${event.to}`);
+        line(`${level} (${protocol}), because ${reasons.join("; ")}`);
+        break;
+      }
+      case "parked":
+      case "uncertain":
+        line(`${event.type === "parked" ? "parked" : "in doubt"}: ${event.id} (${event.topic}): ${event.reason}`);
+        break;
+      case "fenced":
+      case "failed":
+        line(`${event.type}: ${event.reason}`);
+        break;
+      case "repaired":
+        line(`repaired: the source had lost ${event.batches} delivered batches (${event.ids.length} messages)`);
+        break;
+      case "stopped":
+        line(`stopped: ${event.delivered} delivered, ${event.parked} parked, ${event.uncertain} in doubt`);
+        break;
+    }
+  }
+  return {
+    event(event) {
+      if (event.type === "delivered" || event.type === "parked" || event.type === "uncertain") counts[event.type]++;
+      if (json) raw(out, `${JSON.stringify(event)}\n`);
+      else tell(event);
+      if (event.type === "started" && live) timer = setInterval(tick, 1000);
+    },
+    end() {
+      clearInterval(timer);
+      timer = undefined;
+      clear();
+    },
+  };
+}
