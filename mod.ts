@@ -456,7 +456,7 @@ export interface EffectStore<Client> extends ClaimStore {
   transaction<T>(run: (effects: EffectTransaction, client: Client) => Promise<T>): Promise<T>;
   /** Works in the caller's own open transaction. */
   join(open: Client | RunSql): EffectTransaction;
-  /** The positions that were committed with {@linkcode EffectTransaction.advance}, oldest first, the last 100 at least. */
+  /** The positions that were committed last with {@linkcode EffectTransaction.advance}, oldest first: 100, if there are. */
   positions(owner: PositionOwner): Promise<readonly Position[]>;
   /** Whether an error is the database's own (busy, disk, connection), which says nothing about the statement. */
   isDatabaseFailure(error: unknown): boolean;
@@ -1288,7 +1288,7 @@ export interface ParkedMessage {
 export interface Outbox extends Source {
   /** How many messages stand where. */
   status(): Promise<OutboxStatus>;
-  /** Parked messages in the order of their numbers, at most `limit` (default 1000). */
+  /** Parked messages, those parked first at first, at most `limit` (default 1000). */
   parked(limit?: number): Promise<readonly ParkedMessage[]>;
   /** A parked message; undefined if no such message is parked. */
   find(id: string): Promise<ParkedMessage | undefined>;
@@ -1981,8 +1981,17 @@ async function deliverClaimed(
   return !stopping();
 }
 
-/** How many positions are kept to repair a source that went back in time. */
-const RING = 1000;
+/**
+ * For atomic sinks: how much of its last positions is enough to repair a source that went back in time. Drops the oldest
+ * until at most 1000 batches and 100,000 rows are left, but never the last two.
+ */
+export function boundRing(ring: Position[]): Position[] {
+  let rows = ring.reduce((sum, position) => sum + position.rows.length, 0);
+  let drop = 0;
+  while (ring.length - drop > 1000 || (rows > 100_000 && ring.length - drop > 2)) rows -= ring[drop++]!.rows.length;
+  if (drop > 0) ring.splice(0, drop);
+  return ring;
+}
 
 /** The sealed protocol: one batch after the other, each with its position. Answers: drained? */
 async function deliverSealed(o: Settings, source: SourceSession, sink: AtomicSink): Promise<boolean> {
@@ -2048,7 +2057,7 @@ async function deliverSealed(o: Settings, source: SourceSession, sink: AtomicSin
       }
       const { messages, ...position } = batch;
       ring.push(position);
-      if (ring.length > RING) ring.shift();
+      boundRing(ring);
       failures = 0;
       fencedSince = undefined;
       const ms = runtime.now() - since;
@@ -2157,7 +2166,8 @@ export async function relay(options: RelayOptions): Promise<RelayReport> {
     settled = drained || !source.inherited;
   } finally {
     over.abort();
-    await source.close(settled);
+    // If this fails the registration ends by itself; what went wrong before matters more.
+    await source.close(settled).catch(() => {});
     emit({ type: "stopped", relay: name, ...report });
   }
   return report;
@@ -2331,7 +2341,7 @@ export function memoryStore(options: MemoryStoreOptions = {}): MemoryStore {
           failure ??= { error };
           throw error;
         }
-        draft.positions.set(id, [...ring, { n, uid, prev, rows }].slice(-RING));
+        draft.positions.set(id, boundRing([...ring, { n, uid, prev, rows }]));
       },
       failed: () => failure?.error,
     };

@@ -121,7 +121,7 @@ const MIGRATIONS: readonly (readonly string[])[] = [[
     substr(hex(randomblob(2)), 2), substr('89ab', 1 + (random() & 3), 1), substr(hex(randomblob(2)), 2),
     hex(randomblob(6))))) check (id <> ''),
   topic text not null check (topic <> ''),
-  key text,
+  key text check (key <> ''),
   value blob,
   headers text not null default '{}' check (json_valid(headers) and json_type(headers) = 'object'),
   created_at text not null default (strftime('%Y-%m-%dT%H:%M:%fZ', 'now')),
@@ -131,8 +131,9 @@ const MIGRATIONS: readonly (readonly string[])[] = [[
 )`,
   `create index effectonce_outbox_pending on effectonce_outbox (seq) where state = 'pending'`,
   `create index effectonce_outbox_topic on effectonce_outbox (topic, seq) where state = 'pending'`,
-  `create index effectonce_outbox_held on effectonce_outbox (key, seq, state)
+  `create index effectonce_outbox_held on effectonce_outbox (key, seq, state, topic)
   where state in ('waiting', 'parked', 'blocked')`,
+  `create index effectonce_outbox_blocked on effectonce_outbox (key, seq, topic) where state = 'blocked'`,
   `create index effectonce_outbox_until on effectonce_outbox (state, until_ms)
   where state in ('waiting', 'parked', 'delivered')`,
   `create table effectonce_effects (
@@ -402,7 +403,7 @@ const ADVANCE = `insert into effectonce_positions (relay, source, n, uid, prev, 
 const FORGET_POSITIONS = `delete from effectonce_positions where relay = ? and source = ? and n <= ? returning 1`;
 const SELECT_POSITIONS = `select n, uid, prev, rows from effectonce_positions where relay = ? and source = ?`;
 /** How many positions are kept to repair a source that went back in time. */
-const RING = 1000;
+const RING = 100;
 
 interface StoredEffect {
   scope: string;
@@ -604,7 +605,10 @@ export function sqliteStore<Client extends SqliteClient>(client: Client, options
 
 // ---------------------------------------------------------------------------------------------------------------- outbox
 
+// Conditions in the very words of the partial indexes, or SQLite does not use them (https://sqlite.org/partialindex.html).
 const HELD = "state in ('waiting', 'parked', 'blocked')";
+const UNTIL = "state in ('waiting', 'parked', 'delivered')";
+const WAITING = `${UNTIL} and state = 'waiting'`;
 
 interface StoredMessage {
   seq: string;
@@ -661,10 +665,25 @@ export function sqliteOutbox(client: SqliteClient, options: SqliteOutboxOptions 
     const stop = onPark === "block" ? "('waiting', 'parked')" : "('waiting')";
     // In portions: each settled message of the key calls this again.
     prepare(`update effectonce_outbox set state = 'pending' where seq in (
-      select seq from effectonce_outbox o where key = ? and ${HELD} and state = 'blocked'${mine}
+      select seq from effectonce_outbox o where key = ? and state = 'blocked'${mine}
       and seq < coalesce((select seq from effectonce_outbox h where h.key = o.key and h.${HELD} and h.state in ${stop}${mine}
         order by h.seq limit 1), 9223372036854775807)
       order by seq limit 1000)`).run(key, ...given, ...given);
+  }
+  /** Frees what is held back behind rows that a person deleted, or that this relay lets pass. */
+  function freeStranded(onPark: "block" | "skip"): void {
+    // Key by key, not row by row: there may be a million behind one.
+    const next = prepare(
+      `select key from effectonce_outbox where state = 'blocked' and key > ?${mine} order by key limit 1`,
+    );
+    const stop = onPark === "block" ? "('waiting', 'parked')" : "('waiting')";
+    const held = prepare(`select 1 from effectonce_outbox where key = ? and ${HELD} and state in ${stop}${mine} limit 1`);
+    for (let key = "";;) {
+      const found = (next.get(key, ...given) ?? undefined) as { key: string } | undefined;
+      if (!found) break;
+      key = found.key;
+      if (!held.get(key, ...given)) unblock(key, onPark);
+    }
   }
   function remove(where: string, ...values: SqliteValue[]): { readonly key: string | null }[] {
     const sql = keep
@@ -694,7 +713,7 @@ export function sqliteOutbox(client: SqliteClient, options: SqliteOutboxOptions 
   }
   function parked(condition: string, ...values: SqliteValue[]): readonly ParkedMessage[] {
     const sql = `select id, topic, key, reason, until_ms from effectonce_outbox
-      where ${HELD} and state = 'parked'${mine} and ${condition}`;
+      where ${UNTIL} and state = 'parked'${mine} and ${condition}`;
     type Stored = { id: string; topic: string; key: string | null; reason: string | null; until_ms: number };
     return (prepare(sql).all(...given, ...values) as Stored[])
       .map(({ id, topic, key, reason, until_ms }) => ({ id, topic, key, reason: reason ?? "", since: new Date(until_ms) }));
@@ -707,7 +726,8 @@ export function sqliteOutbox(client: SqliteClient, options: SqliteOutboxOptions 
     const held = onPark === "block" ? "" : "parked";
     const cache = new Map<string, Batch>();
 
-    const { id, inherited } = await write(() => {
+    const registered = () => prepare(`select 1 from effectonce_relays where instance = ?`).get(instance) !== undefined;
+    const register = (): { id: string; inherited: boolean } => {
       const others = prepare(`select instance, relay, protocol, topics, until_ms from effectonce_relays`).all();
       let inherited = false;
       for (const stored of others) {
@@ -740,15 +760,15 @@ export function sqliteOutbox(client: SqliteClient, options: SqliteOutboxOptions 
       prepare(`insert into effectonce_relays (instance, relay, protocol, topics, until_ms) values (?, ?, ?, ?, ?)`)
         .run(instance, relay, protocol, registration, now() + leaseMs);
       prepare(`insert or ignore into effectonce_shards (relay) values (?)`).run(relay);
-      // What was held back behind rows that a person deleted, or that this relay lets pass.
-      const stop = onPark === "block" ? "'blocked'" : "'blocked', 'parked'";
-      const freed = prepare(`select distinct key from effectonce_outbox o where ${HELD} and state = 'blocked'${mine}
-        and (select state from effectonce_outbox h where h.key = o.key and h.${HELD}${mine} order by h.seq limit 1)
-        in (${stop})`).all(...given, ...given) as { key: string }[];
-      unblockAll(freed, onPark);
+      freeStranded(onPark);
       const { value } = prepare(`select value from effectonce_meta where name = 'outbox_id'`).get() as { value: string };
       return { id: value, inherited };
-    });
+    };
+    const { id, inherited } = await write(register);
+    /** One that was paused for longer than its lease may find its name ended, and its topics with another relay. */
+    function stillOurs(): void {
+      if (!registered()) register();
+    }
 
     /** Pending rows in order, without those that are behind; these are marked, so that they never fill the window again. */
     function pendingRows({ rows, bytes }: ReadLimits, extra: string, values: readonly SqliteValue[], mayWrite: boolean) {
@@ -828,11 +848,14 @@ export function sqliteOutbox(client: SqliteClient, options: SqliteOutboxOptions 
       inherited,
       async read(limits) {
         for (;;) {
-          const { found, behind, waitMs } = await read(() => {
-            return { ...pendingRows(limits, "", [], true), waitMs: nextWait() };
+          const { found, behind, waitMs, ours } = await read(() => {
+            return { ...pendingRows(limits, "", [], true), waitMs: nextWait(), ours: registered() };
           });
-          if (behind.length === 0 && (waitMs === null || waitMs > 0)) return { messages: found.map(toMessage), waitMs };
+          if (ours && behind.length === 0 && (waitMs === null || waitMs > 0)) {
+            return { messages: found.map(toMessage), waitMs };
+          }
           await write(() => {
+            stillOurs();
             wake();
             block(behind);
           });
@@ -851,11 +874,12 @@ export function sqliteOutbox(client: SqliteClient, options: SqliteOutboxOptions 
           const shard = readShard();
           const waitMs = nextWait();
           const quiet = shard.settled === cursor.n && shard.settledUid === cursor.uid && shard.sealed === cursor.n &&
-            (waitMs === null || waitMs > 0);
+            (waitMs === null || waitMs > 0) && registered();
           return { idle: quiet && pendingRows({ rows: 1, bytes: 1 }, "", [], false).found.length === 0, waitMs };
         });
         if (idle) return { batches: [], waitMs, repaired: [] };
         return await write(() => {
+          stillOurs();
           const { before, shard, remaining, repaired } = settleUpTo(ring);
           let next = shard;
           const batches = [...remaining];
@@ -927,7 +951,7 @@ export function sqliteOutbox(client: SqliteClient, options: SqliteOutboxOptions 
         const oldestMs = oldest === null ? null : Math.max(0, now() - new Date(oldest).getTime());
         return { pending, parked, oldestMs };
       }),
-    parked: (limit = 1000) => read(() => parked("true order by seq limit ?", limit)),
+    parked: (limit = 1000) => read(() => parked("true order by until_ms, seq limit ?", limit)),
     find: (id) => read(() => find(id)),
     release: (id) =>
       write(() => {
@@ -946,10 +970,8 @@ export function sqliteOutbox(client: SqliteClient, options: SqliteOutboxOptions 
     prune: ({ olderThanMs, limit = 1000 }) =>
       write(() =>
         prepare(`delete from effectonce_outbox where seq in (select seq from effectonce_outbox
-          where state in ('waiting', 'parked', 'delivered') and state = 'delivered' and until_ms <= ?${mine}
+          where ${UNTIL} and state = 'delivered' and until_ms <= ?${mine}
           order by until_ms limit ?) returning 1`).all(now() - olderThanMs, ...given, limit).length
       ),
   };
 }
-
-const WAITING = "state in ('waiting', 'parked', 'delivered') and state = 'waiting'";
