@@ -33,7 +33,8 @@ export function showRelay({ json, messagesOnStdout, drain, outbox }: ShowOptions
   const live = !json && Deno.stderr.isTerminal();
   const counts = { delivered: 0, parked: 0, uncertain: 0 };
   let before = 0;
-  let timer: ReturnType<typeof setInterval> | undefined;
+  let since = performance.now();
+  let timer: ReturnType<typeof setTimeout> | undefined;
   const raw = (stream: { writeSync(bytes: Uint8Array): number }, text: string) => {
     const bytes = encoder.encode(text);
     for (let done = 0; done < bytes.length;) done += stream.writeSync(bytes.subarray(done));
@@ -44,10 +45,15 @@ export function showRelay({ json, messagesOnStdout, drain, outbox }: ShowOptions
     raw(out, `${text}\n`);
   };
   async function tick(): Promise<void> {
+    const start = performance.now();
     const status = await outbox.status().catch(() => undefined);
-    if (!status || timer === undefined) return;
-    const rate = counts.delivered - before;
+    if (timer === undefined) return;
+    const tookMs = performance.now() - start;
+    timer = setTimeout(tick, Math.max(1000, tookMs * 10)); // Counting a million rows takes a while.
+    if (!status) return;
+    const rate = Math.round((counts.delivered - before) * 1000 / (start - since));
     before = counts.delivered;
+    since = start;
     const age = status.oldestMs === null ? "" : ` · oldest ${Math.round(status.oldestMs / 1000)} s`;
     const total = counts.delivered + status.pending;
     const part = total === 0 ? 1 : counts.delivered / total;
@@ -84,10 +90,10 @@ export function showRelay({ json, messagesOnStdout, drain, outbox }: ShowOptions
       if (event.type === "delivered" || event.type === "parked" || event.type === "uncertain") counts[event.type]++;
       if (json) raw(out, `${JSON.stringify(event)}\n`);
       else tell(event);
-      if (event.type === "started" && live) timer = setInterval(tick, 1000);
+      if (event.type === "started" && live) timer = setTimeout(tick, 1000);
     },
     end() {
-      clearInterval(timer);
+      clearTimeout(timer);
       timer = undefined;
       clear();
     },
