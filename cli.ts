@@ -43,7 +43,11 @@ const RELAY_FLAGS: Readonly<Record<string, Flag>> = {
   store: { kind: "text", value: "URL", help: "where calls are claimed (beside the outbox)" },
   idempotent: { kind: "switch", help: "the target dedupes by the Idempotency-Key header: repeat after an interruption" },
   "dedupe-window-ms": { kind: "number", min: 1, help: "how long the target remembers a key (86400000)" },
-  reconcile: { kind: "text", value: "URL", help: "ask here about a message in doubt; {id}, {key}, {topic} are filled in" },
+  reconcile: {
+    kind: "text",
+    value: "URL",
+    help: "ask here about one in doubt; {id}, {idempotencyKey}, {key}, {topic} are filled in",
+  },
   "settle-ms": { kind: "number", help: "ask only so long after the doubtful attempt (5000)" },
   "header-to": { kind: "list", value: "NAME=VALUE", help: "send this header too; VALUE may be env:VARIABLE" },
   method: { kind: "text", oneOf: ["POST", "PUT"], help: "HTTP method (POST)" },
@@ -427,7 +431,7 @@ async function fromLines(flags: Flags): Promise<readonly NewMessage[]> {
   const name = path === "-" ? "stdin" : path;
   let text: string;
   try {
-    text = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true }).decode(bytes);
+    text = new TextDecoder("utf-8", { fatal: true }).decode(bytes);
   } catch {
     throw new Error(`Cannot read ${name}: it is not UTF-8`);
   }

@@ -278,7 +278,14 @@ export type Claim =
   /** Another owner has it, or it waits for its next attempt, for about `retryMs` milliseconds. */
   | { readonly state: "busy"; readonly retryMs: number }
   /** Started `ageMs` after which nobody is known to work on it, and it is not known whether it happened. */
-  | { readonly state: "uncertain"; readonly since: Date; readonly ageMs: number; readonly fence: number }
+  | {
+    readonly state: "uncertain";
+    readonly since: Date;
+    readonly ageMs: number;
+    readonly fence: number;
+    /** That of the attempt: with it, its idempotency key. */
+    readonly generation: number;
+  }
   /** The key was used with another request: an error of the caller. */
   | { readonly state: "mismatch" };
 
@@ -577,6 +584,7 @@ function doubtful(row: EffectRow, nowMs: number): Claim {
     since: new Date(row.untilMs),
     ageMs: Math.max(0, nowMs - row.untilMs),
     fence: row.fence,
+    generation: row.generation,
   };
 }
 
@@ -616,6 +624,8 @@ function claimStep(
     if (!row) return take(newEffectRow(key, now, { untilMs: now + leaseMs, fingerprint, request }));
     const answer = standing(row, fingerprint, now);
     if (answer) return { answer };
+    // Once in doubt it stays so: the attempts may be used up, and a later caller cannot know why.
+    if (row.state === "uncertain") return { answer: doubtful(row, now) };
     const doubt = row.firstMs !== null;
     if (row.firstMs === null || repeatWithinMs !== undefined && now - row.firstMs <= repeatWithinMs) {
       return take({
@@ -629,7 +639,6 @@ function claimStep(
         changedMs: now,
       });
     }
-    if (row.state === "uncertain") return { answer: doubtful(row, now) };
     // The fence stays: a late but known outcome of the first owner can still end the doubt.
     const reason = row.reason ?? "interrupted: the attempt was started and its outcome was never recorded";
     const write: EffectRow = { ...row, state: "uncertain", reason, changedMs: now };
@@ -855,8 +864,8 @@ export type OnceOptions<R, Q> =
     readonly waitMs?: number;
     /** Gives up waiting, and fires the attempt's signal. */
     readonly signal?: AbortSignal;
-    /** Asks the destination about an effect in doubt. */
-    reconcile?(key: EffectKey): Promise<Found<R>>;
+    /** Asks the destination about an effect in doubt, which was sent under this idempotency key. */
+    reconcile?(key: EffectKey, idempotencyKey: string): Promise<Found<R>>;
     /**
      * How long after the end of the doubtful attempt `reconcile` is asked at the earliest, in milliseconds: what was sent
      * last must have arrived by then.
@@ -894,7 +903,7 @@ function outcomeOf(error: unknown): Outcome[typeof OUTCOME] | undefined {
   return error instanceof Error && OUTCOME in error ? (error as Outcome)[OUTCOME] : undefined;
 }
 function reasonOf(error: unknown): string {
-  return (error instanceof Error ? error.message : String(error)).slice(0, 1000);
+  return (error instanceof Error ? error.message : String(error)).slice(0, 1000).toWellFormed();
 }
 
 /** Thrown by an effect: refused for good. The answer is replayed to later callers. */
@@ -990,6 +999,7 @@ export async function once<R extends Json | void, Q extends Json | Uint8Array = 
   const repeatWithinMs = options.repeat === "same-key" ? repeatWithin(options.dedupeWindowMs) : undefined;
   const { scope } = key;
   const named = `Effect "${key.key}" of "${scope}"`;
+  const idempotencyKeyOf = (generation: number) => generationKey(`${encodeURIComponent(scope)}:${key.key}`, generation);
   const giveUpAt = runtime.now() + waitMs;
   const wait = async (ms: number, error: () => EffectError): Promise<void> => {
     const left = giveUpAt - runtime.now();
@@ -1023,7 +1033,7 @@ export async function once<R extends Json | void, Q extends Json | Uint8Array = 
           await wait(settleMs - claim.ageMs, () => inDoubt("too early to ask the destination"));
           continue;
         }
-        const found = await reconcile(key);
+        const found = await reconcile(key, idempotencyKeyOf(claim.generation));
         if (found.state === "unknown") throw inDoubt("the destination cannot tell");
         try {
           if (found.state === "absent") await store.resolve(key, { as: "absent" }, claim.fence);
@@ -1042,7 +1052,7 @@ export async function once<R extends Json | void, Q extends Json | Uint8Array = 
       : request instanceof Uint8Array
       ? claim.request
       : JSON.parse(utf8.decode(claim.request));
-    const idempotencyKey = generationKey(`${encodeURIComponent(scope)}:${key.key}`, claim.generation);
+    const idempotencyKey = idempotencyKeyOf(claim.generation);
     let result: R;
     try {
       result = await underLease(
@@ -1353,7 +1363,7 @@ export interface CallSink {
   readonly dedupeWindowMs?: number;
   /** Delivers one message; what it resolves to is kept. It throws as {@linkcode once} describes. */
   deliver(message: Message, delivery: Delivery): Promise<Json>;
-  /** Asks the target about a message in doubt. */
+  /** Asks the target about a message in doubt, which was sent under the delivery's idempotency key. */
   reconcile?(message: Message, delivery: Delivery): Promise<Found<Json>>;
 }
 
@@ -1740,7 +1750,7 @@ function grouped<A, B>(run: (items: readonly A[]) => Promise<readonly B[]>): (it
 
 /** Identifies a relayed message: its bytes stay in the source. `traceparent` says who asked, not what for. */
 async function fingerprintOf({ topic, key, value, headers }: Message): Promise<string> {
-  const { traceparent: _, ...rest } = headers;
+  const rest = Object.fromEntries(Object.entries(headers).filter(([name]) => name.toLowerCase() !== "traceparent"));
   const head = encoder.encode(canonical([topic, key, value === null, rest]) + "\n");
   const bytes = new Uint8Array(head.length + (value?.length ?? 0));
   bytes.set(head);
@@ -1823,12 +1833,13 @@ async function deliverClaimed(
       await park({ message, reason: "in doubt: the target will be asked", retryMs: o.settleMs - claim.ageMs });
       return "held";
     }
+    const idempotencyKey = generationKey(message.id, claim.generation);
     let found: Found<Json>;
     try {
       found = await withDeadline(
         runtime,
         o.leaseMs,
-        (signal) => sink.reconcile!(message, { idempotencyKey: message.id, number: 0, signal }),
+        (signal) => sink.reconcile!(message, { idempotencyKey, number: 0, signal }),
       );
     } catch (error) {
       const asked = (doubts.get(message.id) ?? 0) + 1;
@@ -2083,7 +2094,7 @@ async function deliverSealed(o: Settings, source: SourceSession, sink: AtomicSin
       if (cursor.n < floor) {
         throw new EffectError(
           "cursor_lost",
-          `${sink.name} ends at batch ${cursor.n}, but ${floor} were delivered: it was removed, emptied or replaced. ` +
+          `${sink.name} ends at batch ${cursor.n}, but ${floor} were delivered: it was removed, emptied, replaced or damaged. ` +
             `Put it back, or start a new relay name to deliver only what is still in the outbox`,
         );
       }

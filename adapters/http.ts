@@ -31,8 +31,8 @@
  * | --- | --- |
  * | 2xx | delivered; kept are the status and up to 64 KiB of text (null if the text broke off) |
  * | 409, 425, 429; 503 with Retry-After; not reached | did not happen: tried again, after Retry-After at the earliest |
- * | 3xx (not followed); other 4xx | refused for good; kept are the status, and the text of a 4xx |
- * | 408; other 5xx; time-out; broken off; not HTTP | not known: repeated only with `repeat: "same-key"` |
+ * | other 3xx (not followed); other 4xx | refused for good; kept are the status, and the text of a 4xx |
+ * | 302 and 303 (often: it is done); 408; other 5xx; time-out; broken off; not HTTP | not known: repeated only with `repeat: "same-key"` |
  *
  * What a request carries, the first of these that sets a name winning:
  *
@@ -95,7 +95,8 @@ export interface HttpSinkOptions {
   readonly timeoutMs?: number;
   /**
    * Where to ask about a message in doubt, by GET: a URL in which `{id}`, `{key}` and `{topic}` stand for those of the message,
-   * such as `https://pay.example/charges/{id}`. It must hold `{id}` or `{key}`, behind the host.
+   * and `{idempotencyKey}` for what it was sent under, which is its id and, when it was sent anew, a suffix. Such as
+   * `https://pay.example/charges/{idempotencyKey}`. It must hold one of these but `{topic}`, behind the host.
    *
    * An answer 2xx means that it happened. 404 means that it did not, **and it is then sent again under a new idempotency
    * key**: try the URL by hand first, as a mistyped path answers 404 too. 408, 425, 429, 5xx and no answer: asked again. All
@@ -195,26 +196,29 @@ function parseHeaders(headers: Readonly<Record<string, string>>): Headers {
 }
 
 /** Answers what makes a message's URL of a template; null where the message has no such URL. */
-function parseTemplate(template: string): (message: Pick<Message, "id" | "key" | "topic">) => Target | null {
+function parseTemplate(template: string): (message: Message, idempotencyKey: string) => Target | null {
   const what = "reconcile URL";
   const placeholders = /\{([^{}]*)\}/g;
   const names = Array.from(template.matchAll(placeholders), ([, name]) => name!);
   const insert = (values: Readonly<Record<string, string>>) =>
     parseTarget(what, template.replace(placeholders, (_, name) => encodeURIComponent(values[name]!)));
-  if (names.some((name) => !["id", "key", "topic"].includes(name))) {
-    throw new TypeError(`Cannot use the ${what}: its placeholders must be {id}, {key} or {topic}`);
+  if (names.some((name) => !["id", "idempotencyKey", "key", "topic"].includes(name))) {
+    throw new TypeError(`Cannot use the ${what}: its placeholders must be {id}, {idempotencyKey}, {key} or {topic}`);
   }
-  const model = insert({ id: "a", key: "a", topic: "a" });
-  const others = [insert({ id: "b", key: "b", topic: "a" }), insert({ id: "a", key: "a", topic: "b" })];
+  const model = insert({ id: "a", idempotencyKey: "a", key: "a", topic: "a" });
+  const others = [
+    insert({ id: "b", idempotencyKey: "b", key: "b", topic: "a" }),
+    insert({ id: "a", idempotencyKey: "a", key: "a", topic: "b" }),
+  ];
   if (others[0]!.url.href === model.url.href) {
-    throw new TypeError(`Cannot use the ${what}: it needs {id} or {key}, to tell messages apart`);
+    throw new TypeError(`Cannot use the ${what}: it needs {id}, {idempotencyKey} or {key}, to tell messages apart`);
   }
   // Else a message could choose who is asked, and sees our headers.
   if (others.some(({ url, authorization }) => url.origin !== model.url.origin || authorization !== model.authorization)) {
     throw new TypeError(`Cannot use the ${what}: its placeholders must come after the host`);
   }
-  return ({ id, key, topic }) => {
-    const values: Readonly<Record<string, string>> = { id, key: key ?? "", topic };
+  return ({ id, key, topic }, idempotencyKey) => {
+    const values: Readonly<Record<string, string>> = { id, idempotencyKey, key: key ?? "", topic };
     // No encoding keeps "." and ".." from climbing to another resource (https://url.spec.whatwg.org/#double-dot-path-segment).
     return names.some((name) => /^\.{0,2}$/.test(values[name]!)) ? null : insert(values);
   };
@@ -396,6 +400,10 @@ export function httpSink(url: string | URL, options: HttpSinkOptions = {}): Call
     // A browser's fetch hides the status of a redirect. Its text often quotes the location, query and all: not kept.
     if (status >= 300 && status <= 399 || response.type === "opaqueredirect") {
       const to = destinationOf(response, target.url);
+      // RFC 9110, 15.4.4: "see other" answers a POST that was carried out, and in practice so does 302.
+      if (status === 302 || status === 303 || status === 0) {
+        throw new Error(`${answered}, so it is not known whether it happened; redirects are not followed${to}`);
+      }
       throw rejected(`${answered}, and redirects are not followed${to}`, { status, body: null });
     }
     // Servers also answer 408 when their own handler, begun already, takes too long (tower-http's TimeoutLayer).
@@ -403,21 +411,22 @@ export function httpSink(url: string | URL, options: HttpSinkOptions = {}): Call
     throw new Error(`${answered}, so it is not known whether it happened${excerpt(text)}`);
   }
 
-  const reconcile = question && async function (message: Message, { signal }: Delivery): Promise<Found<Json>> {
-    const asked = question(message);
-    if (!asked) return { state: "unknown" };
-    const all = new Headers(headers);
-    // RFC 9111, 5.2.1.4: a 404 that a cache remembers from earlier would have the message sent twice.
-    all.set("cache-control", "no-cache");
-    // Credentials from the target's URL are for its own origin only.
-    const { authorization } = asked.authorization === undefined && asked.url.origin === target.url.origin ? target : asked;
-    if (authorization !== undefined) all.set("authorization", authorization);
-    const { name, status, text } = await call(asked.url, { method: "GET", headers: all }, signal);
-    if (status >= 200 && status <= 299) return { state: "done", result: resultOf(status, text) };
-    if (status === 404) return { state: "absent" };
-    if (status >= 500 || [408, 425, 429].includes(status)) throw new Error(`${name} answered ${status}${excerpt(text)}`);
-    return { state: "unknown" };
-  };
+  const reconcile = question &&
+    async function (message: Message, { idempotencyKey, signal }: Delivery): Promise<Found<Json>> {
+      const asked = question(message, idempotencyKey);
+      if (!asked) return { state: "unknown" };
+      const all = new Headers(headers);
+      // RFC 9111, 5.2.1.4: a 404 that a cache remembers from earlier would have the message sent twice.
+      all.set("cache-control", "no-cache");
+      // Credentials from the target's URL are for its own origin only.
+      const { authorization } = asked.authorization === undefined && asked.url.origin === target.url.origin ? target : asked;
+      if (authorization !== undefined) all.set("authorization", authorization);
+      const { name, status, text } = await call(asked.url, { method: "GET", headers: all }, signal);
+      if (status >= 200 && status <= 299) return { state: "done", result: resultOf(status, text) };
+      if (status === 404) return { state: "absent" };
+      if (status >= 500 || [408, 425, 429].includes(status)) throw new Error(`${name} answered ${status}${excerpt(text)}`);
+      return { state: "unknown" };
+    };
 
   return {
     kind: "call",

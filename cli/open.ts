@@ -177,7 +177,16 @@ export function openSink(url: string, flags: Flags): CallSink | AtomicSink {
     case "stdout":
       onlyParameters("stdout", parameters, []);
       if (rest !== "") throw new UsageError(`--to: write stdout: with nothing behind it, not "${url}"`);
-      return stdoutSink();
+      return stdoutSink(async (bytes) => {
+        try {
+          for (let done = 0; done < bytes.length;) done += await Deno.stdout.write(bytes.subarray(done));
+        } catch (error) {
+          if (!(error instanceof Deno.errors.BrokenPipe)) throw error;
+          // Nobody reads any more: that is no fault of the messages, which stay where they are.
+          console.error("effectonce: stdout was closed");
+          Deno.exit(1);
+        }
+      });
     default:
       throw new UsageError(`--to: "${scheme}:" is not a target that effectonce knows: use http:, https:, file: or stdout:`);
   }

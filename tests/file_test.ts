@@ -671,7 +671,8 @@ const small = await mountSmall();
 if (small) await unmount(small);
 
 async function unmount(folder: string): Promise<void> {
-  await new Deno.Command("umount", { args: [folder] }).output();
+  // Lazily: a test that failed may have left a file open in there.
+  await new Deno.Command("umount", { args: ["-l", folder] }).output();
   await Deno.remove(folder);
 }
 

@@ -22,6 +22,11 @@ import {
 } from "@effectonce/effectonce";
 import { httpSink, type HttpSinkOptions } from "@effectonce/effectonce/http";
 
+/** Deno 2.9 looks for leaks only when told to: what is left of a request here would be left of every message. */
+function test(name: string, fn: () => void | Promise<void>): void {
+  Deno.test({ name, fn, sanitizeOps: true, sanitizeResources: true });
+}
+
 // ---------------------------------------------------------------------------------------------------------------- servers
 
 interface Seen {
@@ -184,7 +189,7 @@ const failing = (error: unknown): HttpSinkOptions => ({ fetch: () => Promise.rej
 
 // --------------------------------------------------------------------------------------------------------- what it is given
 
-Deno.test("httpSink declares what it is, and its name has no credentials, query or fragment", () => {
+test("httpSink declares what it is, and its name has no credentials, query or fragment", () => {
   const sink = httpSink("https://user:pass@host.example:8443/charge?token=hush#part");
   assertEquals(
     { ...sink, deliver: undefined },
@@ -202,7 +207,7 @@ Deno.test("httpSink declares what it is, and its name has no credentials, query 
   assertEquals(httpSink("http://host.example", { repeat: "same-key", dedupeWindowMs: 1000 }).dedupeWindowMs, 1000);
 });
 
-Deno.test("httpSink refuses a target that is not an absolute http: or https: URL, without quoting it", () => {
+test("httpSink refuses a target that is not an absolute http: or https: URL, without quoting it", () => {
   const urls = [
     "",
     "host/path",
@@ -223,7 +228,7 @@ Deno.test("httpSink refuses a target that is not an absolute http: or https: URL
   }
 });
 
-Deno.test("httpSink refuses options that it cannot use, in one sentence", () => {
+test("httpSink refuses options that it cannot use, in one sentence", () => {
   const refused = (options: object, part: string, kind: typeof TypeError | typeof RangeError = TypeError) =>
     assertThrows(() => httpSink("http://host/", options as HttpSinkOptions), kind, part);
   refused({ method: "GET" }, "it must be POST or PUT");
@@ -235,7 +240,7 @@ Deno.test("httpSink refuses options that it cannot use, in one sentence", () => 
   refused({ repeat: "same-key", dedupeWindowMs: 0 }, "Cannot use dedupeWindowMs 0", RangeError);
 });
 
-Deno.test("httpSink refuses headers that HTTP or the message does not allow, naming the header and never its value", () => {
+test("httpSink refuses headers that HTTP or the message does not allow, naming the header and never its value", () => {
   const refused = (name: string, value: unknown, part: string) => {
     const headers = { [name]: value as string };
     const error = assertThrows(() => httpSink("http://host/", { headers }), TypeError, part);
@@ -257,18 +262,18 @@ Deno.test("httpSink refuses headers that HTTP or the message does not allow, nam
   );
 });
 
-Deno.test("httpSink refuses a reconcile URL that could not tell messages apart, or lets a message choose the host", () => {
+test("httpSink refuses a reconcile URL that could not tell messages apart, or lets a message choose the host", () => {
   const refused = (reconcile: string, part: string) => {
     const error = assertThrows(() => httpSink("http://host/", { reconcile }), TypeError, part);
     assert(!Deno.inspect(error).includes("hush"));
   };
   refused("/charges/{id}", "it must be an absolute http: or https: URL");
   refused("ftp://host/{id}", "it must be an absolute http: or https: URL");
-  refused("http://host/charges", "it needs {id} or {key}");
-  refused("http://host/charges/{topic}", "it needs {id} or {key}");
-  refused("http://host/charges#{id}", "it needs {id} or {key}");
-  refused("http://host/charges/{hush}", "its placeholders must be {id}, {key} or {topic}");
-  refused("http://host/charges/{id}?{}", "its placeholders must be {id}, {key} or {topic}");
+  refused("http://host/charges", "it needs {id}, {idempotencyKey} or {key}");
+  refused("http://host/charges/{topic}", "it needs {id}, {idempotencyKey} or {key}");
+  refused("http://host/charges#{id}", "it needs {id}, {idempotencyKey} or {key}");
+  refused("http://host/charges/{hush}", "its placeholders must be {id}, {idempotencyKey}, {key} or {topic}");
+  refused("http://host/charges/{id}?{}", "its placeholders must be {id}, {idempotencyKey}, {key} or {topic}");
   refused("http://{id}/charges/", "its placeholders must come after the host");
   refused("http://{topic}.host/charges/{id}", "its placeholders must come after the host");
   refused("http://user:{topic}@host/charges/{id}", "its placeholders must come after the host");
@@ -277,7 +282,7 @@ Deno.test("httpSink refuses a reconcile URL that could not tell messages apart, 
 
 // ------------------------------------------------------------------------------------------------------------- the request
 
-Deno.test("httpSink sends the bytes with Idempotency-Key, CloudEvents attributes and content type", async () => {
+test("httpSink sends the bytes with Idempotency-Key, CloudEvents attributes and content type", async () => {
   await using server = serve(() => new Response("paid", { status: 201 }));
   const sink = httpSink(`${server.url}/charge?tenant=1#part`, { source: "https://shop.example/orders" });
   const { result } = await deliver(sink, messageOf({ key: "customer-1" }));
@@ -300,7 +305,7 @@ Deno.test("httpSink sends the bytes with Idempotency-Key, CloudEvents attributes
   });
 });
 
-Deno.test("httpSink sends a PUT, any bytes, and application/octet-stream where the message does not say what it is", async () => {
+test("httpSink sends a PUT, any bytes, and application/octet-stream where the message does not say what it is", async () => {
   await using server = serve(() => new Response());
   const value = Uint8Array.from({ length: 300_000 }, (_, i) => i % 256);
   const { as, result } = await deliver(httpSink(server.url, { method: "PUT" }), messageOf({ value, headers: {} }));
@@ -315,7 +320,7 @@ Deno.test("httpSink sends a PUT, any bytes, and application/octet-stream where t
   assertEquals(body, value);
 });
 
-Deno.test("httpSink sends a tombstone with an empty body and without a content type of its own", async () => {
+test("httpSink sends a tombstone with an empty body and without a content type of its own", async () => {
   await using server = serve(() => new Response());
   const sink = httpSink(server.url);
   assertEquals((await deliver(sink, messageOf({ value: null, headers: {} }))).as, "delivered");
@@ -326,7 +331,7 @@ Deno.test("httpSink sends a tombstone with an empty body and without a content t
   assertEquals(types, [null, "application/json", "application/octet-stream"]);
 });
 
-Deno.test("httpSink takes the content type of a message whatever the case of its name, or the one of its own headers", async () => {
+test("httpSink takes the content type of a message whatever the case of its name, or the one of its own headers", async () => {
   await using server = serve(() => new Response());
   const message = messageOf({ headers: { "Content-TYPE": "text/csv" } });
   await deliver(httpSink(server.url), message);
@@ -334,7 +339,7 @@ Deno.test("httpSink takes the content type of a message whatever the case of its
   assertEquals(server.seen.map(({ headers }) => headers.get("content-type")), ["text/csv", "text/plain"]);
 });
 
-Deno.test("httpSink percent-encodes what is not visible ASCII in the CloudEvents attributes and in the key", async () => {
+test("httpSink percent-encodes what is not visible ASCII in the CloudEvents attributes and in the key", async () => {
   await using server = serve(() => new Response());
   const id = "Euro € 😀"; // The example of CloudEvents HTTP binding 1.0.2, 3.1.3.2.
   await deliver(httpSink(server.url, { source: "/über" }), messageOf({ id, topic: 'a "b" 100%', key: "\x7f\u00e9~!" }));
@@ -346,7 +351,7 @@ Deno.test("httpSink percent-encodes what is not visible ASCII in the CloudEvents
   assertEquals(headers.get("ce-source"), "/%C3%BCber");
 });
 
-Deno.test("httpSink sends a visible ASCII key as it is, and never the same key for two ids", async () => {
+test("httpSink sends a visible ASCII key as it is, and never the same key for two ids", async () => {
   await using server = serve(() => new Response());
   const sink = httpSink(server.url);
   const ids = ['order-1;"x"', "50%off", "a%2f", "a b", "a%20b", "a%2520b", "é", "%C3%A9", "a%b"];
@@ -357,7 +362,7 @@ Deno.test("httpSink sends a visible ASCII key as it is, and never the same key f
   assertEquals(keys[4], "a%2520b");
 });
 
-Deno.test("httpSink passes on traceparent, tracestate and other headers of the message, but not who it is or how it connects", async () => {
+test("httpSink passes on traceparent, tracestate and other headers of the message, but not who it is or how it connects", async () => {
   await using server = serve(() => new Response());
   const kept = {
     traceparent: "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
@@ -397,7 +402,7 @@ Deno.test("httpSink passes on traceparent, tracestate and other headers of the m
   for (const name of ["cookie", "proxy-authorization", "ce-tenant", "ce_type"]) assertEquals(headers.has(name), false, name);
 });
 
-Deno.test("httpSink lets its own headers win over the message's", async () => {
+test("httpSink lets its own headers win over the message's", async () => {
   await using server = serve(() => new Response());
   const message = messageOf({ headers: { "x-a": "message", "x-b": "message" } });
   await deliver(httpSink(server.url, { headers: { "X-A": "option", "x-c": "option" } }), message);
@@ -405,7 +410,7 @@ Deno.test("httpSink lets its own headers win over the message's", async () => {
   assertEquals(["x-a", "x-b", "x-c"].map((name) => headers.get(name)), ["option", "message", "option"]);
 });
 
-Deno.test("httpSink can send each message that an outbox takes, and none can inject a header", async () => {
+test("httpSink can send each message that an outbox takes, and none can inject a header", async () => {
   await using server = serve(() => new Response());
   const odd = "a\r\nx-injected: 1\t\u0001\u0085\u2028\ufeff";
   const { types } = await run(httpSink(server.url), [
@@ -419,7 +424,7 @@ Deno.test("httpSink can send each message that an outbox takes, and none can inj
   assertEquals(decodeURIComponent(headers.get("x-odd")!), odd);
 });
 
-Deno.test("httpSink repeats a request under the same key with the same headers and bytes", async () => {
+test("httpSink repeats a request under the same key with the same headers and bytes", async () => {
   await using server = serve((_, n) => new Response("", { status: n < 3 ? 500 : 200 }));
   const { types, effects } = await run(httpSink(server.url, { repeat: "same-key" }));
   assertEquals(types, ["retried", "retried", "delivered"]);
@@ -430,7 +435,7 @@ Deno.test("httpSink repeats a request under the same key with the same headers a
 
 // ------------------------------------------------------------------------------------------------------------- credentials
 
-Deno.test("httpSink sends a URL's credentials as an Authorization header", async () => {
+test("httpSink sends a URL's credentials as an Authorization header", async () => {
   await using server = serve(() => new Response());
   const { host } = new URL(server.url);
   await deliver(httpSink(`http://us%20er:p%C3%A4ss%3A@${host}/`));
@@ -441,7 +446,7 @@ Deno.test("httpSink sends a URL's credentials as an Authorization header", async
   assert(!server.seen[0]!.url.includes("@"));
 });
 
-Deno.test("httpSink shows credentials, query and header values in no name, error, event or record", async () => {
+test("httpSink shows credentials, query and header values in no name, error, event or record", async () => {
   await using server = serve(({ url }) => {
     const status = Number(new URL(url).pathname.slice(1));
     return new Response("no", { status, headers: { location: "http://hush:hush@127.0.0.1/next?token=hush#hush" } });
@@ -468,7 +473,7 @@ Deno.test("httpSink shows credentials, query and header values in no name, error
   }
 });
 
-Deno.test("httpSink shows nothing of what an error of fetch says about the URL", async () => {
+test("httpSink shows nothing of what an error of fetch says about the URL", async () => {
   const url = "http://host.example/x?token=hush";
   const cause = new Error(
     `error sending request for url (${url}): client error (SendRequest): proxy http://u:hush@p refused`,
@@ -489,11 +494,11 @@ Deno.test("httpSink shows nothing of what an error of fetch says about the URL",
 const classes: readonly [as: Outcome["as"], statuses: readonly number[]][] = [
   ["delivered", [200, 201, 202, 204, 206, 299]],
   ["retryable", [409, 425, 429]],
-  ["rejected", [300, 301, 302, 303, 304, 307, 308, 400, 401, 402, 403, 404, 405, 410, 413, 415, 421, 422, 431, 451, 499]],
-  ["unknown", [408, 500, 501, 502, 503, 504, 507, 599]],
+  ["rejected", [300, 301, 304, 307, 308, 400, 401, 402, 403, 404, 405, 410, 413, 415, 421, 422, 431, 451, 499]],
+  ["unknown", [302, 303, 408, 500, 501, 502, 503, 504, 507, 599]],
 ];
 for (const [as, statuses] of classes) {
-  Deno.test(`httpSink takes ${statuses.join(", ")} for ${as}`, async () => {
+  test(`httpSink takes ${statuses.join(", ")} for ${as}`, async () => {
     await using server = serve(({ url }) => {
       const status = Number(new URL(url).pathname.slice(1));
       return new Response([204, 304].includes(status) ? null : `because\n of  ${status}`, { status });
@@ -511,7 +516,7 @@ for (const [as, statuses] of classes) {
   });
 }
 
-Deno.test("httpSink takes a status outside of HTTP, or an upgrade, for unknown", async () => {
+test("httpSink takes a status outside of HTTP, or an upgrade, for unknown", async () => {
   for (const status of [101, 600, 999]) {
     await using server = listen(async (conn) => {
       await readRequest(conn);
@@ -521,7 +526,7 @@ Deno.test("httpSink takes a status outside of HTTP, or an upgrade, for unknown",
   }
 });
 
-Deno.test("httpSink ends as its outcome says: done, parked as refused, in doubt, or tried again", async () => {
+test("httpSink ends as its outcome says: done, parked as refused, in doubt, or tried again", async () => {
   const ends: Record<number, string[][]> = {
     200: [["delivered"], ["done"]],
     402: [["parked"], ["rejected"]],
@@ -537,7 +542,7 @@ Deno.test("httpSink ends as its outcome says: done, parked as refused, in doubt,
   }
 });
 
-Deno.test("httpSink keeps the status and text of a delivery, and of a refusal", async () => {
+test("httpSink keeps the status and text of a delivery, and of a refusal", async () => {
   await using server = serve(({ url }) => new Response(`{"charge":"€ 5"}`, { status: url.endsWith("/no") ? 402 : 200 }));
   for (const [path, status] of [["/yes", 200], ["/no", 402]] as const) {
     const { effects } = await run(httpSink(server.url + path));
@@ -545,7 +550,7 @@ Deno.test("httpSink keeps the status and text of a delivery, and of a refusal", 
   }
 });
 
-Deno.test("httpSink begins a reason with the answer's text on one line, at most 200 characters of it", async () => {
+test("httpSink begins a reason with the answer's text on one line, at most 200 characters of it", async () => {
   await using server = serve(() => new Response(`  a\r\n\t\u0000b\u0085${"😀".repeat(300)}`, { status: 422 }));
   const { as, reason } = await deliver(httpSink(server.url));
   assertEquals(as, "rejected");
@@ -553,7 +558,7 @@ Deno.test("httpSink begins a reason with the answer's text on one line, at most 
   assert(reason.isWellFormed());
 });
 
-Deno.test("httpSink does not follow a redirect, and says where it points to without the query", async () => {
+test("httpSink does not follow a redirect, and says where it points to without the query", async () => {
   await using other = serve(() => new Response("gold"));
   const locations: Record<string, string> = {
     [`${other.url}/next?token=hush#hush`]: `: ${other.url}/next`,
@@ -574,14 +579,14 @@ Deno.test("httpSink does not follow a redirect, and says where it points to with
   assertEquals(other.seen, []);
 });
 
-Deno.test("httpSink takes a redirect for refused where fetch hides its status, as a browser's does", async () => {
+test("httpSink takes a redirect for unknown where fetch hides its status, as a browser's does", async () => {
   const response = Object.defineProperties(new Response(null), { status: { value: 0 }, type: { value: "opaqueredirect" } });
   const { as, reason } = await deliver(httpSink("http://host/", { fetch: () => Promise.resolve(response) }));
-  assertEquals(as, "rejected");
+  assertEquals(as, "unknown");
   assertStringIncludes(reason, "redirects are not followed");
 });
 
-Deno.test("httpSink waits as long as Retry-After says, in seconds or until a date, for a day at most", async () => {
+test("httpSink waits as long as Retry-After says, in seconds or until a date, for a day at most", async () => {
   const date = "Sun, 06 Nov 1994 08:49:37 GMT";
   const pauses: [value: string, afterMs: number | undefined][] = [
     ["0", 0],
@@ -615,14 +620,14 @@ Deno.test("httpSink waits as long as Retry-After says, in seconds or until a dat
   }
 });
 
-Deno.test("httpSink counts a Retry-After date from the present where the answer has no date", async () => {
+test("httpSink counts a Retry-After date from the present where the answer has no date", async () => {
   const until = new Date(Date.now() + 3_600_000).toUTCString();
   const { as, afterMs } = await deliver(httpSink("http://host/", answering(503, { "retry-after": until })));
   assertEquals(as, "retryable");
   assert(afterMs! > 3_500_000 && afterMs! <= 3_600_000, String(afterMs));
 });
 
-Deno.test("httpSink has its Retry-After honoured by the relay", async () => {
+test("httpSink has its Retry-After honoured by the relay", async () => {
   await using server = serve(() => new Response("slow down", { status: 503, headers: { "retry-after": "120" } }));
   const { events, effects, store } = await run(httpSink(server.url), [order], {}, "retried");
   const retried = events.find(({ type }) => type === "retried");
@@ -635,7 +640,7 @@ Deno.test("httpSink has its Retry-After honoured by the relay", async () => {
 
 const jsonBytes = (value: Json | undefined) => encode(JSON.stringify(value)).length;
 
-Deno.test("httpSink keeps as much of an answer's text as a store keeps, and says where it has cut it", async () => {
+test("httpSink keeps as much of an answer's text as a store keeps, and says where it has cut it", async () => {
   const room = 65_536 - jsonBytes({ status: 200, body: "" });
   const texts: Record<string, [text: string, cut: boolean]> = {
     "fits just so": ["x".repeat(room), false],
@@ -660,7 +665,7 @@ Deno.test("httpSink keeps as much of an answer's text as a store keeps, and says
   }
 });
 
-Deno.test("httpSink cuts the text of a refusal as well", async () => {
+test("httpSink cuts the text of a refusal as well", async () => {
   await using server = serve(() => new Response("é".repeat(100_000), { status: 400 }));
   const { effects } = await run(httpSink(server.url));
   const { body, truncated } = effects[0]!.result as { readonly body: string; readonly truncated: boolean };
@@ -669,7 +674,7 @@ Deno.test("httpSink cuts the text of a refusal as well", async () => {
 });
 
 for (const status of [200, 402, 500]) {
-  Deno.test(`httpSink reads an endless answer ${status} no further than it needs`, async () => {
+  test(`httpSink reads an endless answer ${status} no further than it needs`, async () => {
     const cancelled = Promise.withResolvers<void>();
     const endless = new ReadableStream({
       pull: (controller) => controller.enqueue(new Uint8Array(16_384).fill(97)),
@@ -682,7 +687,7 @@ for (const status of [200, 402, 500]) {
   });
 }
 
-Deno.test("httpSink takes text that is not UTF-8, with replacement characters, and a character in two pieces", async () => {
+test("httpSink takes text that is not UTF-8, with replacement characters, and a character in two pieces", async () => {
   await using server = serve((_, n) => new Response(n === 1 ? new Uint8Array([0xff, 97]) : pieces()));
   const pieces = () =>
     new ReadableStream({
@@ -696,7 +701,7 @@ Deno.test("httpSink takes text that is not UTF-8, with replacement characters, a
   assertEquals((await deliver(httpSink(server.url))).result, { status: 200, body: "€" });
 });
 
-Deno.test("httpSink takes a 2xx whose text breaks off, or never comes, for delivered", async () => {
+test("httpSink takes a 2xx whose text breaks off, or never comes, for delivered", async () => {
   await using half = listen(async (conn) => {
     await readRequest(conn);
     await write(conn, "HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\nabc");
@@ -712,7 +717,7 @@ Deno.test("httpSink takes a 2xx whose text breaks off, or never comes, for deliv
   assertEquals([late.as, late.result], ["delivered", { status: 202, body: null }]);
 });
 
-Deno.test("httpSink takes another answer for what its status says where its text breaks off", async () => {
+test("httpSink takes another answer for what its status says where its text breaks off", async () => {
   for (const [status, as] of [[402, "rejected"], [429, "retryable"], [500, "unknown"]] as const) {
     await using server = listen(async (conn) => {
       await readRequest(conn);
@@ -742,7 +747,7 @@ const brokenTalks: Record<string, (conn: Deno.TcpConn) => Promise<void>> = {
   },
 };
 for (const [what, talk] of Object.entries(brokenTalks)) {
-  Deno.test(`httpSink does not know the outcome when the target ${what}`, async () => {
+  test(`httpSink does not know the outcome when the target ${what}`, async () => {
     await using server = listen(talk);
     const { as, reason } = await deliver(httpSink(`${server.url}/charge?token=hush`));
     assertEquals(as, "unknown");
@@ -757,7 +762,7 @@ for (const [what, talk] of Object.entries(brokenTalks)) {
   });
 }
 
-Deno.test("httpSink does not know the outcome when no answer comes in time", async () => {
+test("httpSink does not know the outcome when no answer comes in time", async () => {
   await using server = listen(untilHungUp);
   const sink = httpSink(server.url, { timeoutMs: 50 });
   const { as, reason } = await deliver(sink);
@@ -769,7 +774,7 @@ Deno.test("httpSink does not know the outcome when no answer comes in time", asy
   assertEquals([types, effects[0]!.error], [["uncertain"], reason]);
 });
 
-Deno.test("httpSink does not know the outcome when it is stopped under way, whatever it is stopped for", async () => {
+test("httpSink does not know the outcome when it is stopped under way, whatever it is stopped for", async () => {
   // The reason is an error of somebody else's connection: it must not be taken for one of this request.
   for (const reason of [undefined, Object.assign(new Error("database"), { code: "ECONNREFUSED", syscall: "connect" })]) {
     const stop = new AbortController();
@@ -784,14 +789,14 @@ Deno.test("httpSink does not know the outcome when it is stopped under way, what
   }
 });
 
-Deno.test("httpSink sends nothing when it is stopped before", async () => {
+test("httpSink sends nothing when it is stopped before", async () => {
   await using server = serve(() => new Response());
   const { as, reason } = await deliver(httpSink(server.url), messageOf(), AbortSignal.abort());
   assertEquals([as, reason], ["retryable", `POST ${server.url}/ was not sent: the call was stopped before`]);
   assertEquals(server.seen, []);
 });
 
-Deno.test("httpSink knows that nothing happened where nobody listens, and tries again", async () => {
+test("httpSink knows that nothing happened where nobody listens, and tries again", async () => {
   const url = `http://127.0.0.1:${closedPort()}/charge?token=hush`;
   const { as, reason } = await deliver(httpSink(url));
   assertEquals(as, "retryable");
@@ -800,7 +805,7 @@ Deno.test("httpSink knows that nothing happened where nobody listens, and tries 
   assertEquals([types, effects[0]!.state], [["retried", "retried", "retried", "parked"], "rejected"]);
 });
 
-Deno.test("httpSink delivers once the target is up, without any doubt", async () => {
+test("httpSink delivers once the target is up, without any doubt", async () => {
   await using server = serve(() => new Response("paid"));
   const down = `http://127.0.0.1:${closedPort()}`;
   let calls = 0;
@@ -809,7 +814,7 @@ Deno.test("httpSink delivers once the target is up, without any doubt", async ()
   assertEquals([types, effects[0]!.state, server.seen.length], [["retried", "retried", "delivered"], "done", 1]);
 });
 
-Deno.test("httpSink knows that nothing was sent where TLS fails", async () => {
+test("httpSink knows that nothing was sent where TLS fails", async () => {
   for (const text of ["", "HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\n\r\n"]) {
     await using server = listen(async (conn) => {
       await conn.read(new Uint8Array(4096));
@@ -821,7 +826,7 @@ Deno.test("httpSink knows that nothing was sent where TLS fails", async () => {
   }
 });
 
-Deno.test("httpSink knows that nothing was sent where fetch blocks the port", async () => {
+test("httpSink knows that nothing was sent where fetch blocks the port", async () => {
   const { as, reason } = await deliver(httpSink("http://127.0.0.1:1/"));
   assertEquals([as, reason], [
     "retryable",
@@ -831,7 +836,7 @@ Deno.test("httpSink knows that nothing was sent where fetch blocks the port", as
 
 Deno.test({
   name: "httpSink knows that nothing was sent where Deno does not let it",
-  permissions: { net: false },
+  permissions: { net: false }, // No sanitizers: Deno 2.9.6 itself forgets the body of a request that it does not let through.
   async fn() {
     const { as, reason } = await deliver(httpSink("http://127.0.0.1:8080/"));
     assertEquals(as, "retryable");
@@ -839,7 +844,7 @@ Deno.test({
   },
 });
 
-Deno.test("httpSink tells what was never sent from what may have been, by the errors of each runtime", async () => {
+test("httpSink tells what was never sent from what may have been, by the errors of each runtime", async () => {
   // As tried on Deno 2.9.6, Node 20.20 (undici) and Bun 1.4.5.
   const deno = (text: string) =>
     new TypeError("fetch failed", { cause: new TypeError(`error sending request for url (x): ${text}`) });
@@ -896,7 +901,7 @@ Deno.test("httpSink tells what was never sent from what may have been, by the er
 });
 
 for (const [what, value] of [["a value", encode("abc")], ["a tombstone", null]] as const) {
-  Deno.test(`httpSink has ${what} sent once when a connection that was used before breaks`, async () => {
+  test(`httpSink has ${what} sent once when a connection that was used before breaks`, async () => {
     const requests: string[] = [];
     await using server = listen(async (conn) => {
       // Only the first request of all is answered, and its connection kept open.
@@ -914,7 +919,7 @@ for (const [what, value] of [["a value", encode("abc")], ["a tombstone", null]] 
 
 // -------------------------------------------------------------------------------------------------------------- reconcile
 
-Deno.test("httpSink asks about a message in doubt with the same headers, at a URL of its parts", async () => {
+test("httpSink asks about a message in doubt with the same headers, at a URL of its parts", async () => {
   await using server = serve(() => new Response('{"charged":true}'));
   const { host } = new URL(server.url);
   const sink = httpSink(`http://user:pass@${host}/charge`, {
@@ -931,7 +936,7 @@ Deno.test("httpSink asks about a message in doubt with the same headers, at a UR
   assertEquals(body.length, 0);
 });
 
-Deno.test("httpSink sends the target's credentials to no other origin, and those of the reconcile URL to it", async () => {
+test("httpSink sends the target's credentials to no other origin, and those of the reconcile URL to it", async () => {
   await using server = serve(() => new Response(null, { status: 404 }));
   const { host } = new URL(server.url);
   const reconcileAt = (reconcile: string) => httpSink("http://user:pass@host.example/", { reconcile });
@@ -941,7 +946,7 @@ Deno.test("httpSink sends the target's credentials to no other origin, and those
   assertEquals(sent, [null, `Basic ${btoa("other:secret")}`]);
 });
 
-Deno.test("httpSink finds out whether a message in doubt happened, or that the target cannot tell", async () => {
+test("httpSink finds out whether a message in doubt happened, or that the target cannot tell", async () => {
   await using server = serve(({ url }) => {
     const status = Number(new URL(url).pathname.split("/")[1]);
     return new Response(status === 204 ? null : "text", { status, headers: { location: "/200/x" } });
@@ -959,7 +964,7 @@ Deno.test("httpSink finds out whether a message in doubt happened, or that the t
   }
 });
 
-Deno.test("httpSink cannot tell about a message whose parts make no URL of their own", async () => {
+test("httpSink cannot tell about a message whose parts make no URL of their own", async () => {
   await using server = serve(() => new Response("the list of all charges"));
   const sink = httpSink("http://host.example/", { reconcile: `${server.url}/charges/{id}?key={key}` });
   for (const fields of [{ key: null }, { id: ".." }, { id: "." }, { key: "" }, { id: "%2e%2e" }]) {
@@ -970,7 +975,7 @@ Deno.test("httpSink cannot tell about a message whose parts make no URL of their
   assertEquals(server.seen.map(({ url }) => url), [`${server.url}/charges/%252e%252e?key=k`]);
 });
 
-Deno.test("httpSink reports in one sentence, without secrets, why it could not ask", async () => {
+test("httpSink reports in one sentence, without secrets, why it could not ask", async () => {
   await using broken = listen(async (conn) => void await readRequest(conn));
   await using silent = listen(untilHungUp);
   const urls: [url: string, part: string][] = [
@@ -987,7 +992,7 @@ Deno.test("httpSink reports in one sentence, without secrets, why it could not a
   }
 });
 
-Deno.test("httpSink, asked by the relay, delivers what was done and sends anew what was not", async () => {
+test("httpSink, asked by the relay, delivers what was done and sends anew what was not", async () => {
   const charges = new Map<string, string>();
   const keys: string[] = [];
   let asked = 0;
@@ -1016,7 +1021,7 @@ Deno.test("httpSink, asked by the relay, delivers what was done and sends anew w
   assertEquals(keys, ["done", "lost", "lost;generation=2"]);
 });
 
-Deno.test("httpSink, asked by the relay, leaves in doubt what the target cannot tell", async () => {
+test("httpSink, asked by the relay, leaves in doubt what the target cannot tell", async () => {
   await using server = serve(({ method }) => new Response("no", { status: method === "GET" ? 403 : 500 }));
   const { effects, types } = await run(httpSink(server.url, { reconcile: `${server.url}/{id}` }));
   assertEquals([types, effects[0]!.state], [["uncertain"], "uncertain"]);
@@ -1024,7 +1029,7 @@ Deno.test("httpSink, asked by the relay, leaves in doubt what the target cannot 
 
 // ------------------------------------------------------------------------------------------------------------- acceptance
 
-Deno.test("httpSink meets a rival send, a mismatch and a saved 500 as it should (acceptance 32)", async () => {
+test("httpSink meets a rival send, a mismatch and a saved 500 as it should (acceptance 32)", async () => {
   // A target that dedupes as the IETF draft says: 409 while the first send runs, afterwards always the same answer.
   const finish = Promise.withResolvers<void>();
   const answers = new Map<string, string | null>();
@@ -1064,4 +1069,25 @@ Deno.test("httpSink meets a rival send, a mismatch and a saved 500 as it should 
   assertEquals([doubt.types, doubt.effects[0]!.state], [["retried", "retried", "retried", "uncertain"], "uncertain"]);
   assertEquals([saved.seen.length, doubt.store.outbox()[0]!.state], [4, "parked"]);
   assertNotEquals(doubt.effects[0]!.error, null);
+});
+
+test("httpSink asks under the idempotency key that was used last, once the attempts are used up", async () => {
+  const asked: string[] = [];
+  const sent: string[] = [];
+  await using server = serve(({ method, url, headers }) => {
+    if (method === "GET") {
+      asked.push(decodeURIComponent(new URL(url).pathname.slice(1)));
+      return new Response(null, { status: asked.length === 1 ? 404 : 200 });
+    }
+    sent.push(headers.get("idempotency-key")!);
+    return new Response("saved", { status: 500 });
+  });
+  const store = memoryStore();
+  await store.enqueue({ id: "m1", topic: "t", value: 1 });
+  const to = httpSink(server.url, { repeat: "same-key", reconcile: `${server.url}/{idempotencyKey}` });
+  const times = { attempts: 2, minRetryMs: 0, maxRetryMs: 1, settleMs: 0 };
+  const report = await relay({ from: memoryOutbox(store), to, store, drain: true, ...times });
+  assertEquals(report, { delivered: 1, parked: 0, uncertain: 0 });
+  assertEquals(sent, ["m1", "m1", "m1;generation=2", "m1;generation=2"]);
+  assertEquals(asked, ["m1", "m1;generation=2"]);
 });
