@@ -394,6 +394,9 @@ const WRITE_EFFECT = `insert into effectonce_effects (${COLUMNS}) values (?, ?, 
 // Insert first, never check then act; the row counts as claimed and done when the caller's transaction commits.
 const CLAIM_IN_TRANSACTION = `insert into effectonce_effects (scope, key, fingerprint, request, changed_ms)
   values (?, ?, ?, ?, ?) on conflict (scope, key) do nothing returning 1`;
+const CLAIM_ALL_IN_TRANSACTION = `insert into effectonce_effects (scope, key, changed_ms)
+  select value ->> 0, value ->> 1, ? from json_each(?) where true on conflict (scope, key) do nothing
+  returning scope, key`;
 const COMPLETE_IN_TRANSACTION = `update effectonce_effects set result = ?, result_omitted = ?
   where scope = ? and key = ? returning 1`;
 const ENQUEUE = `insert into effectonce_outbox (id, topic, key, value, headers) values (?, ?, ?, ?, ?)
@@ -492,11 +495,21 @@ function handle(sql: RunSql, now: () => number): { readonly effects: EffectTrans
     failure: () => failure?.error,
     effects: {
       claim,
-      async claimAll(keys) {
-        const claims: Claim[] = [];
-        for (const key of keys) claims.push(await claim(key));
-        return claims;
-      },
+      claimAll: (keys) =>
+        guarded(async () => {
+          for (const key of keys) checkKey(key);
+          const names = keys.map(({ scope, key }) => nameOf(scope, key));
+          const inserted = await sql(CLAIM_ALL_IN_TRANSACTION, [now(), `[${names.join(",")}]`]);
+          const fresh = new Set(inserted.map(({ scope, key }) => nameOf(String(scope), String(key))));
+          for (const name of fresh) mine.add(name);
+          const claims: Claim[] = [];
+          for (const [i, name] of names.entries()) {
+            // A key that comes twice is claimed once: its second answer is read.
+            if (fresh.delete(name)) claims.push({ state: "claimed", fence: 1, attempt: 1, generation: 1, request: null });
+            else claims.push(await claim(keys[i]!));
+          }
+          return claims;
+        }),
       complete: (key, result) =>
         guarded(async () => {
           if (!mine.has(nameOf(key.scope, key.key))) throw notClaimed(key);
