@@ -6,6 +6,7 @@
 import {
   type EffectRecord,
   type EffectState,
+  encodeMessage,
   guarantee,
   type NewMessage,
   type Outbox,
@@ -42,7 +43,12 @@ const RELAY_FLAGS: Readonly<Record<string, Flag>> = {
   drain: { kind: "switch", help: "stop when nothing deliverable is left" },
   store: { kind: "text", value: "URL", help: "where calls are claimed (beside the outbox)" },
   idempotent: { kind: "switch", help: "the target dedupes by the Idempotency-Key header: repeat after an interruption" },
-  "dedupe-window-ms": { kind: "number", min: 1, help: "how long the target remembers a key (86400000)" },
+  "dedupe-window-ms": {
+    kind: "number",
+    min: 1,
+    max: Number.MAX_SAFE_INTEGER,
+    help: "how long the target remembers a key (86400000)",
+  },
   reconcile: {
     kind: "text",
     value: "URL",
@@ -91,10 +97,16 @@ const COMMANDS: Readonly<Record<string, Command>> = {
     },
     example: `enqueue --store sqlite:app.db --topic payments --key order-1 --value '{"amount":5}'`,
     run: async (flags) => {
-      const messages = flags.text("jsonl") === undefined ? [single(flags)] : await fromLines(flags);
+      const messages = flags.text("jsonl") === undefined ? [{ message: single(flags), where: "" }] : await fromLines(flags);
       return await using(flags.given("store"), async ({ store }) => {
-        await store.transaction(({ enqueue }) => enqueue(...messages));
-        const ids = messages.map(({ id }) => id!);
+        await store.transaction(async ({ enqueue }) => {
+          for (const { message, where } of messages) {
+            await enqueue(message).catch((error: unknown) => {
+              throw where ? new Error(`${where}: ${reason(error)}. Nothing was enqueued`, { cause: error }) : error;
+            });
+          }
+        });
+        const ids = messages.map(({ message: { id } }) => id!);
         const text = ids.length === 1 ? `enqueued 1 message: ${ids[0]}` : `enqueued ${ids.length} messages`;
         print(flags, { enqueued: ids.length, ids }, text);
       });
@@ -162,10 +174,11 @@ const COMMANDS: Readonly<Record<string, Command>> = {
     example: "effects retry order-1 --store sqlite:app.db",
     run: (flags) =>
       withEffect(flags, async (effect, { store }, parked, outbox) => {
-        if (effect?.state === "uncertain") {
-          throw new Error(
-            `"${effect.key}" may have happened: find out, then: effects resolve ${effect.key} --as done, or --as absent`,
-          );
+        if (effect?.doubt) {
+          const how = effect.state === "waiting"
+            ? "the relay will repeat it under the same idempotency key"
+            : `find out, then: effects resolve ${effect.key} --as done, or --as absent`;
+          throw new Error(`"${effect.key}" may have happened: ${how}`);
         }
         if (effect && effect.state !== "done") await store.resolve(effect, { as: "absent" });
         else if (!parked) throw new Error(`"${flags.words[0]}" is ${effect?.state}: there is nothing to retry`);
@@ -218,7 +231,11 @@ const COMMANDS: Readonly<Record<string, Command>> = {
     summary: "forget effects that ended, and kept rows, when they are old",
     flags: {
       store: STORE,
-      "older-than-ms": { kind: "number", help: "their age (604800000, a week): longer than a message can come again" },
+      "older-than-ms": {
+        kind: "number",
+        max: Number.MAX_SAFE_INTEGER,
+        help: "their age (604800000, a week): longer than a message can come again",
+      },
       json: JSON_OUT,
     },
     example: "prune --store sqlite:app.db --older-than-ms 2592000000",
@@ -339,6 +356,8 @@ async function withEnds(flags: Flags, run: (ends: Ends) => Promise<number>): Pro
   try {
     const other = flags.text("store");
     if (other !== undefined && other !== from) databases.push(await openDatabase("store", other));
+    // A store that is not one should not be found out only with the first message.
+    for (const { store } of databases) await store.list({ limit: 1 });
     const source = databases[0]!.outbox({ topics, keep: flags.on("keep") });
     return await run({ source, sink, store: databases.at(-1)!.store, databases });
   } finally {
@@ -370,9 +389,13 @@ async function withEffect(
         throw new UsageError(`"${key}" is in several scopes: say --scope ${found.map(({ scope }) => scope).join(" or ")}`);
       }
       const outbox = (other ?? database).outbox({});
-      const parked = await outbox.find(key);
-      if (found.length === 0 && parked === undefined) throw new Error(`${database.name} knows no effect "${key}"`);
-      await run(found[0], database, parked?.reason, outbox);
+      const message = await outbox.find(key);
+      const parked = message?.state === "parked" ? message.reason : undefined;
+      if (found.length === 0 && parked === undefined) {
+        if (!message) throw new Error(`${database.name} knows no effect "${key}"`);
+        throw new Error(`"${key}" was never claimed and is not parked: it is ${message.state} in the outbox`);
+      }
+      await run(found[0], database, parked, outbox);
     });
   } finally {
     other?.close();
@@ -414,7 +437,7 @@ function single(flags: Flags): NewMessage {
   };
 }
 
-async function fromLines(flags: Flags): Promise<readonly NewMessage[]> {
+async function fromLines(flags: Flags): Promise<readonly { readonly message: NewMessage; readonly where: string }[]> {
   for (const name of ["topic", "key", "value", "id"]) {
     if (flags.text(name) !== undefined) throw new UsageError(`--${name} and --jsonl exclude each other`);
   }
@@ -435,13 +458,17 @@ async function fromLines(flags: Flags): Promise<readonly NewMessage[]> {
   } catch {
     throw new Error(`Cannot read ${name}: it is not UTF-8`);
   }
-  const messages: NewMessage[] = [];
+  const messages = [];
   for (const [i, line] of text.split("\n").entries()) {
+    const where = `${name}, line ${i + 1}`;
     try {
-      const message = parseLine(line);
-      if (message) messages.push({ ...message, id: message.id ?? crypto.randomUUID() });
+      const parsed = parseLine(line);
+      if (!parsed) continue;
+      const message = { ...parsed, id: parsed.id ?? crypto.randomUUID() };
+      encodeMessage(message); // Before anything is written.
+      messages.push({ message, where });
     } catch (error) {
-      throw new Error(`${name}, line ${i + 1}: ${reason(error)}. Nothing was enqueued`);
+      throw new Error(`${where}: ${reason(error)}. Nothing was enqueued`);
     }
   }
   return messages;

@@ -226,7 +226,11 @@ export function encodeMessage(message: NewMessage): Omit<MessageFields, "time"> 
     }
   }
   if (value === null || value instanceof Uint8Array) return { id, topic, key, value, headers };
-  if (typeof value === "string") return { id, topic, key, value: encoder.encode(value), headers };
+  if (typeof value === "string") {
+    // Encoding would put U+FFFD in the place of half a character.
+    if (!value.isWellFormed()) throw new TypeError(`Cannot enqueue "${id}": its value must be well-formed Unicode text`);
+    return { id, topic, key, value: encoder.encode(value), headers };
+  }
   const text: string | undefined = JSON.stringify(value);
   if (text === undefined) throw new TypeError(`Cannot enqueue "${id}": its value must be JSON, a text or bytes`);
   const typed = Object.keys(headers).some((name) => name.toLowerCase() === "content-type");
@@ -332,6 +336,8 @@ export interface EffectRecord extends EffectKey {
   readonly state: EffectState;
   /** Attempts of this generation. */
   readonly attempts: number;
+  /** Whether an attempt may have happened whose outcome is not known, so that it must not simply run anew. */
+  readonly doubt: boolean;
   /** Its last change; for `uncertain` the end of the attempt that left the doubt. */
   readonly since: Date;
   /** Why it waits, was refused or is in doubt; else null. */
@@ -810,6 +816,7 @@ export function claimStore(rows: EffectRows): ClaimStore {
         key: row.key,
         state: row.state,
         attempts: row.attempt,
+        doubt: row.firstMs !== null && row.state !== "done",
         since: new Date(row.state === "uncertain" ? row.untilMs : row.changedMs),
         error: row.reason,
         result: row.result === null ? null : JSON.parse(row.result),
@@ -1280,18 +1287,18 @@ export interface OutboxStatus {
   readonly oldestMs: number | null;
 }
 
-/** A message that is set aside. */
-export interface ParkedMessage {
+/** A message in an outbox, as operators see it. */
+export interface OutboxMessage {
   /** The message's id. */
   readonly id: string;
   /** Its topic. */
   readonly topic: string;
   /** Its ordering key. */
   readonly key: string | null;
-  /** Why. */
+  /** To be delivered; waits for another attempt; set aside; held back by an earlier one of its key; delivered, and kept. */
+  readonly state: "pending" | "waiting" | "parked" | "blocked" | "delivered";
+  /** Why it waits or is set aside; else empty. */
   readonly reason: string;
-  /** Since when. */
-  readonly since: Date;
 }
 
 /** A source that is a table, as operators see it. */
@@ -1299,10 +1306,10 @@ export interface Outbox extends Source {
   /** How many messages stand where. */
   status(): Promise<OutboxStatus>;
   /** Parked messages, those parked first at first, at most `limit` (default 1000). */
-  parked(limit?: number): Promise<readonly ParkedMessage[]>;
-  /** A parked message; undefined if no such message is parked. */
-  find(id: string): Promise<ParkedMessage | undefined>;
-  /** Lets a parked message, and what it held back, be delivered again; false if no such message is parked. */
+  parked(limit?: number): Promise<readonly (OutboxMessage & { readonly since: Date })[]>;
+  /** A message, whatever its state; undefined if there is none. */
+  find(id: string): Promise<OutboxMessage | undefined>;
+  /** Lets a parked or waiting message, and what it held back, be delivered; false if there is no such message. */
   release(id: string): Promise<boolean>;
   /** Removes a parked message for good, and frees what it held back; false if no such message is parked. */
   discard(id: string): Promise<boolean>;
@@ -1775,6 +1782,8 @@ async function deliverClaimed(
   const { name: relay, runtime } = o;
   const lanes = new Map<string, Lane>();
   const inHand = new Set<string>();
+  /** What left the hand while a read was under way: its answer may be older. */
+  const gone = new Set<string>();
   const doubts = new Map<string, number>();
   const repeatWithinMs = repeat === "same-key" ? repeatWithin(sink.dedupeWindowMs ?? 0) : undefined;
   let active = 0;
@@ -1871,7 +1880,8 @@ async function deliverClaimed(
     o.emit({ type: "claimed", ...about(message), attempt });
     let result: Json;
     try {
-      if (attempt > o.attempts) throw new Error("every attempt was interrupted");
+      // Refused by us; the store makes it a doubt if one of the attempts may have happened.
+      if (attempt > o.attempts) throw rejected("every attempt failed or was interrupted");
       const idempotencyKey = generationKey(message.id, claimed.generation);
       result = await underLease(
         { store, key, fence, leaseMs: o.leaseMs, since, runtime },
@@ -1933,7 +1943,10 @@ async function deliverClaimed(
         const next = await step(lane, message);
         if (next === "again") continue;
         // Held back: the source will hand the rest of the key out again when its first message may go.
-        for (const { id } of lane.messages.splice(0, next === "held" ? Infinity : 1)) inHand.delete(id);
+        for (const { id } of lane.messages.splice(0, next === "held" ? Infinity : 1)) {
+          inHand.delete(id);
+          gone.add(id);
+        }
       }
     } catch (error) {
       failed(error, 1000);
@@ -1952,12 +1965,13 @@ async function deliverClaimed(
     let readable = false;
     const reads = inHand.size <= o.batch / 2;
     if (reads && !stopping()) {
+      gone.clear();
       try {
         const read = await source.read({ rows: inHand.size + o.batch, bytes: o.batchBytes });
         readable = true;
         waitMs = read.waitMs;
         for (const message of read.messages) {
-          if (inHand.has(message.id)) continue;
+          if (inHand.has(message.id) || gone.has(message.id)) continue;
           inHand.add(message.id);
           const key = message.key === null ? `i${message.id}` : `k${message.key}`;
           const lane = lanes.get(key) ?? { messages: [], readyAt: 0, running: false };
@@ -2167,15 +2181,24 @@ export async function relay(options: RelayOptions): Promise<RelayReport> {
     }
   }
   stayAlive();
-  let settled = false;
+  // What the sealed protocol leaves behind are batches, which the source sees itself.
+  let settled = to.kind === "atomic";
+  const claims = promise.protocol === "claimed" ? store : undefined;
+  let touched = false;
+  const touching = (claims: RelayClaims): RelayClaims => ({
+    ...claims,
+    claimAll(keys) {
+      touched = true;
+      return claims.claimAll(keys);
+    },
+  });
   try {
     const drained = to.kind === "atomic"
       ? await deliverSealed(o, source, to)
-      : promise.protocol === "claimed" && store
-      ? await deliverClaimed(o, source, to, store, to.repeat)
-      : await deliverClaimed(o, source, to, unclaimed(), "always");
-    settled = drained || !source.inherited;
+      : await deliverClaimed(o, source, to, touching(claims ?? unclaimed()), claims ? to.repeat : "always");
+    settled ||= drained || !source.inherited;
   } finally {
+    settled ||= !touched && !source.inherited;
     over.abort();
     // If this fails the registration ends by itself; what went wrong before matters more.
     await source.close(settled).catch(() => {});

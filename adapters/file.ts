@@ -85,6 +85,13 @@ function isCompactJson(text: string, headers: Message["headers"]): boolean {
   }
 }
 
+/** Keeps the digits of a number that JavaScript would round or write otherwise. https://tc39.es/proposal-json-parse-with-source */
+function exactNumber(_: string, value: unknown, context?: { readonly source?: string }): unknown {
+  const source = context?.source;
+  if (typeof value !== "number" || source === undefined || source === String(value)) return value;
+  return (JSON as unknown as { rawJSON(text: string): unknown }).rawJSON(source);
+}
+
 const MEMBERS: ReadonlySet<string> = new Set(["id", "topic", "key", "value", "valueBase64", "headers", "time"]);
 
 /**
@@ -100,7 +107,7 @@ export function parseLine(line: string): NewMessage | null {
   if (line.trim() === "") return null;
   let json: unknown;
   try {
-    json = JSON.parse(line);
+    json = JSON.parse(line, exactNumber);
   } catch (cause) {
     // The parser's own message quotes the line: it may hold what no log should.
     throw new SyntaxError("Cannot read the line: it is not JSON", { cause });

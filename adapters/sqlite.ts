@@ -42,10 +42,10 @@ import {
   type Message,
   notClaimed,
   type Outbox,
+  type OutboxMessage,
   type OutboxOptions,
   overlapping,
   type Park,
-  type ParkedMessage,
   type Position,
   type ReadLimits,
   realRuntime,
@@ -119,9 +119,9 @@ const MIGRATIONS: readonly (readonly string[])[] = [[
   seq integer primary key autoincrement,
   id text not null unique default (lower(printf('%s-%s-4%s-%s%s-%s', hex(randomblob(4)), hex(randomblob(2)),
     substr(hex(randomblob(2)), 2), substr('89ab', 1 + (random() & 3), 1), substr(hex(randomblob(2)), 2),
-    hex(randomblob(6))))) check (id <> ''),
-  topic text not null check (topic <> ''),
-  key text check (key <> ''),
+    hex(randomblob(6))))) check (length(cast(id as blob)) between 1 and 1024 and instr(id, char(0)) = 0),
+  topic text not null check (length(cast(topic as blob)) between 1 and 1024 and instr(topic, char(0)) = 0),
+  key text check (length(cast(key as blob)) between 1 and 1024 and instr(key, char(0)) = 0),
   value blob,
   headers text not null default '{}' check (json_valid(headers) and json_type(headers) = 'object'),
   created_at text not null default (strftime('%Y-%m-%dT%H:%M:%fZ', 'now')),
@@ -193,6 +193,8 @@ const MIGRATIONS: readonly (readonly string[])[] = [[
   until_ms integer not null
 ) without rowid`,
 ]];
+
+const TABLES = MIGRATIONS.flat().flatMap((sql) => /^create table (\w+)/.exec(sql)?.[1] ?? []);
 
 /** The SQL of the tables, for people who run their own migrations; they also insert the version, as its last lines do. */
 export function sqliteSchema(): string {
@@ -299,6 +301,15 @@ function open(client: SqliteClient, options: SqliteOptions, checks = true): Data
       }
     }
   }
+  /** Says which database it was that has no space left. */
+  async function named<T>(answer: Promise<T>): Promise<T> {
+    try {
+      return await answer;
+    } catch (error) {
+      if (resultCode(error) === 0) throw error;
+      throw new Error(`Cannot use ${name}: ${(error as Error).message}`, { cause: error });
+    }
+  }
   function prepared(): void {
     if (!checks || connection.checked) return;
     checkSchema(prepare, name);
@@ -324,8 +335,8 @@ function open(client: SqliteClient, options: SqliteOptions, checks = true): Data
     name,
     now,
     prepare,
-    read: (run) => patiently(within("begin", run)),
-    write: (run) => patiently(within("begin immediate", run)),
+    read: (run) => named(patiently(within("begin", run))),
+    write: (run) => named(patiently(within("begin immediate", run))),
     alone: (run) => patiently(run),
     transaction: (run) =>
       patiently(async () => {
@@ -365,11 +376,18 @@ function checkSchema(prepare: Database["prepare"], name: string): void {
 export async function migrateSqlite(client: SqliteClient, options: SqliteOptions = {}): Promise<void> {
   const { prepare, write, alone, name } = open(client, options, false);
   await write(() => {
-    const exists = prepare("select name from sqlite_master where type = 'table' and name = 'effectonce_meta'").get();
+    const tables = prepare("select name from sqlite_master where type = 'table' and name like 'effectonce_%'").all();
+    const names = (tables as { name: string }[]).map(({ name }) => name);
+    const exists = names.includes("effectonce_meta");
     const found = exists ? prepare("select value from effectonce_meta where name = 'schema_version'").get() : undefined;
     const version = Number((found as { value: string } | undefined)?.value ?? 0);
     if (version > VERSION) checkSchema(prepare, name);
     for (const statement of MIGRATIONS.slice(version).flat()) client.prepare(statement).run();
+    const lacking = version === 0 ? undefined : TABLES.find((table) => !names.includes(table));
+    if (lacking) {
+      const why = `its table ${lacking} is gone: restore it from a backup, or take the other effectonce tables away as well`;
+      throw new EffectError("schema_missing", `Cannot use ${name}: ${why}`);
+    }
     prepare("insert or replace into effectonce_meta (name, value) values ('schema_version', ?)").run(String(VERSION));
     prepare("insert or ignore into effectonce_meta (name, value) values ('outbox_id', ?)").run(crypto.randomUUID());
   });
@@ -724,14 +742,11 @@ export function sqliteOutbox(client: SqliteClient, options: SqliteOutboxOptions 
   function wake(): void {
     prepare(`update effectonce_outbox set state = 'pending' where ${WAITING} and until_ms <= ?${mine}`).run(now(), ...given);
   }
-  function parked(condition: string, ...values: SqliteValue[]): readonly ParkedMessage[] {
-    const sql = `select id, topic, key, reason, until_ms from effectonce_outbox
-      where ${UNTIL} and state = 'parked'${mine} and ${condition}`;
-    type Stored = { id: string; topic: string; key: string | null; reason: string | null; until_ms: number };
-    return (prepare(sql).all(...given, ...values) as Stored[])
-      .map(({ id, topic, key, reason, until_ms }) => ({ id, topic, key, reason: reason ?? "", since: new Date(until_ms) }));
-  }
-  const find = (id: string): ParkedMessage | undefined => parked("id = ?", id)[0];
+  const columns = "id, topic, key, state, coalesce(reason, '') as reason";
+  const find = (id: string): OutboxMessage | undefined =>
+    (prepare(`select ${columns} from effectonce_outbox where id = ?${mine}`).get(id, ...given) ?? undefined) as
+      | OutboxMessage
+      | undefined;
 
   async function openSession(relay: string, protocol: string, onPark: "block" | "skip", leaseMs: number) {
     const instance = crypto.randomUUID();
@@ -888,7 +903,8 @@ export function sqliteOutbox(client: SqliteClient, options: SqliteOutboxOptions 
           const waitMs = nextWait();
           const quiet = shard.settled === cursor.n && shard.settledUid === cursor.uid && shard.sealed === cursor.n &&
             (waitMs === null || waitMs > 0) && registered();
-          return { idle: quiet && pendingRows({ rows: 1, bytes: 1 }, "", [], false).found.length === 0, waitMs };
+          const { found, behind } = pendingRows({ rows: 1, bytes: 1 }, "", [], false);
+          return { idle: quiet && found.length + behind.length === 0, waitMs };
         });
         if (idle) return { batches: [], waitMs, repaired: [] };
         return await write(() => {
@@ -964,20 +980,27 @@ export function sqliteOutbox(client: SqliteClient, options: SqliteOutboxOptions 
         const oldestMs = oldest === null ? null : Math.max(0, now() - new Date(oldest).getTime());
         return { pending, parked, oldestMs };
       }),
-    parked: (limit = 1000) => read(() => parked("true order by until_ms, seq limit ?", limit)),
+    parked: (limit = 1000) =>
+      read(() => {
+        const sql = `select ${columns}, until_ms from effectonce_outbox where ${UNTIL} and state = 'parked'${mine}
+          order by until_ms, seq limit ?`;
+        const rows = prepare(sql).all(...given, limit) as (OutboxMessage & { readonly until_ms: number })[];
+        return rows.map(({ until_ms, ...message }) => ({ ...message, since: new Date(until_ms) }));
+      }),
     find: (id) => read(() => find(id)),
     release: (id) =>
       write(() => {
-        if (!find(id)) return false;
+        if (!["parked", "waiting"].includes(find(id)?.state ?? "")) return false;
         prepare(`update effectonce_outbox set state = 'pending', reason = null where id = ?`).run(id);
         return true; // What it held back is freed when it is delivered.
       }),
     discard: (id) =>
       write(() => {
         const found = find(id);
-        if (!found) return false;
+        if (found?.state !== "parked") return false;
         prepare(`delete from effectonce_outbox where id = ?`).run(id);
-        unblock(found.key, "block");
+        // Whichever topics a relay has: it holds back again what it must.
+        prepare(`update effectonce_outbox set state = 'pending' where state = 'blocked' and key = ?`).run(found.key);
         return true;
       }),
     prune: ({ olderThanMs, limit = 1000 }) =>

@@ -13,14 +13,16 @@ export class UsageError extends Error {
 
 /** One flag. */
 export interface Flag {
-  /** `switch` takes no value; `list` may be given several times. */
-  readonly kind: "text" | "number" | "switch" | "list";
+  /** `name` is a text of 1 to 1024 bytes; `switch` takes no value; `list` may be given several times. */
+  readonly kind: "text" | "name" | "number" | "switch" | "list";
   /** Shown in the help, in one line. */
   readonly help: string;
   /** What stands for the value in the help. */
   readonly value?: string;
   /** Smallest number. */
   readonly min?: number;
+  /** Largest number. */
+  readonly max?: number;
   /** The texts allowed. */
   readonly oneOf?: readonly string[];
   /** Whether the command cannot do without. */
@@ -90,6 +92,9 @@ export function readFlags(args: readonly string[], flags: Readonly<Record<string
       tied.push(...args.slice(i));
       break;
     }
+    if (name !== undefined && value !== undefined && switches.includes(name)) {
+      throw new UsageError(`--${name} takes no value`);
+    }
     if (name === undefined || !texts.includes(name)) tied.push(arg);
     else if (value !== undefined) tied.push(`--${name}=${value || EMPTY}`);
     else if (i + 1 < args.length && !isFlag(args[i + 1]!, flags)) tied.push(`--${name}=${args[++i] || EMPTY}`);
@@ -137,11 +142,15 @@ function isFlag(arg: string, flags: Readonly<Record<string, Flag>>): boolean {
   return name !== undefined && name in flags;
 }
 
-function checked(name: string, text: string, { kind, min = 0, oneOf }: Flag): string | number {
+function checked(name: string, text: string, { kind, min = 0, max = 2_147_483_647, oneOf }: Flag): string | number {
   if (kind === "number") {
     const number = Number(text);
-    if (/^\d+$/.test(text) && Number.isSafeInteger(number) && number >= min) return number;
-    throw new UsageError(`--${name} must be a whole number from ${min}, not "${text}"`);
+    if (/^\d+$/.test(text) && number >= min && number <= max) return number;
+    throw new UsageError(`--${name} must be a whole number from ${min} to ${max}, not "${text}"`);
+  }
+  if (kind === "name") {
+    const bytes = new TextEncoder().encode(text).length;
+    if (bytes < 1 || bytes > 1024) throw new UsageError(`--${name} must be 1 to 1024 bytes of UTF-8, not ${bytes}`);
   }
   if (oneOf && !oneOf.includes(text)) throw new UsageError(`--${name} must be ${oneOf.join(" or ")}, not "${text}"`);
   return text;
@@ -149,9 +158,9 @@ function checked(name: string, text: string, { kind, min = 0, oneOf }: Flag): st
 
 /** The flags of a command as lines of help. */
 export function helpOf(flags: Readonly<Record<string, Flag>>): string {
-  const lines = Object.entries(flags).map(([name, { kind, value, oneOf, help }]) => {
+  const lines = Object.entries(flags).map(([name, { kind, value, oneOf, required, help }]) => {
     const what = kind === "switch" ? "" : ` ${value ?? oneOf?.join("|") ?? (kind === "number" ? "N" : "TEXT")}`;
-    return [`  --${name}${what}`, help] as const;
+    return [`  --${name}${what}`, required ? `${help} (required)` : help] as const;
   });
   const width = Math.max(...lines.map(([left]) => left.length)) + 2;
   return lines.map(([left, help]) => `${left.padEnd(width)}${help}\n`).join("");

@@ -53,24 +53,30 @@ const DRIVERS: Readonly<Record<string, (path: string) => Promise<OpenClient>>> =
 };
 
 /** The scheme of a URL, its rest, and its parameters. */
-function parts(url: string): { readonly scheme: string; readonly rest: string; readonly parameters: URLSearchParams } {
+function parts(
+  flag: string,
+  url: string,
+): { readonly scheme: string; readonly rest: string; readonly parameters: URLSearchParams } {
   const match = /^([a-z][a-z0-9+.-]*):(.*)$/is.exec(url);
-  if (!match) throw new UsageError(`"${url}" is not a URL: it should begin with a scheme such as sqlite:`);
+  // Not repeated: it may hold a password.
+  if (!match) {
+    throw new UsageError(`--${flag} is not a URL: it should begin with a scheme, such as sqlite:, https:, file: or stdout:`);
+  }
   const [rest, query] = match[2]!.split(/\?(.*)/s);
   return { scheme: match[1]!.toLowerCase(), rest: rest!, parameters: new URLSearchParams(query ?? "") };
 }
 
-function onlyParameters(scheme: string, parameters: URLSearchParams, known: readonly string[]): void {
+function onlyParameters(flag: string, scheme: string, parameters: URLSearchParams, known: readonly string[]): void {
   for (const name of parameters.keys()) {
     if (known.includes(name)) continue;
     const help = known.length > 0 ? `it knows ${known.join(", ")}` : "it has none";
-    throw new UsageError(`"${name}" is not a parameter of ${scheme}: URLs: ${help}`);
+    throw new UsageError(`--${flag}: "${name}" is not a parameter of ${scheme}: URLs: ${help}`);
   }
 }
 
 /** The SQL of the tables for the databases of a scheme. */
 export function schemaOf(url: string): string {
-  const { scheme } = parts(url);
+  const { scheme } = parts("store", url);
   if (scheme === "sqlite") return sqliteSchema();
   throw new UsageError(`"${scheme}:" is not a database that effectonce knows: use sqlite:`);
 }
@@ -81,11 +87,11 @@ export function schemaOf(url: string): string {
  * @param create Whether the database may be new.
  */
 export async function openDatabase(flag: string, url: string, create = false): Promise<Database> {
-  const { scheme, rest: path, parameters } = parts(url);
+  const { scheme, rest: path, parameters } = parts(flag, url);
   if (scheme !== "sqlite") {
     throw new UsageError(`--${flag}: "${scheme}:" is not a database that effectonce knows: use sqlite:`);
   }
-  onlyParameters("sqlite", parameters, ["driver"]);
+  onlyParameters(flag, "sqlite", parameters, ["driver"]);
   const driver = parameters.get("driver") ?? "better-sqlite3";
   const connect = DRIVERS[driver];
   if (!connect) throw new UsageError(`--${flag}: driver=${driver} is not known: use ${Object.keys(DRIVERS).join(" or ")}`);
@@ -141,7 +147,7 @@ export async function openDatabase(flag: string, url: string, create = false): P
 
 /** Opens a sink; the flags are those of `relay`. */
 export function openSink(url: string, flags: Flags): CallSink | AtomicSink {
-  const { scheme, rest, parameters } = parts(url);
+  const { scheme, rest, parameters } = parts("to", url);
   const web = scheme === "http" || scheme === "https";
   for (const name of ["idempotent", "dedupe-window-ms", "header-to", "method", "timeout-ms", "reconcile"]) {
     if (web || !(flags.on(name) || flags.text(name) || flags.number(name) !== undefined || flags.list(name).length)) {
@@ -155,27 +161,29 @@ export function openSink(url: string, flags: Flags): CallSink | AtomicSink {
       if (flags.number("dedupe-window-ms") !== undefined && !flags.on("idempotent")) {
         throw new UsageError("--dedupe-window-ms needs --idempotent: it says how long the target remembers a key");
       }
-      try {
-        return httpSink(url, {
-          method: flags.text("method") as "POST" | "PUT" | undefined,
-          headers: pairs("header-to", flags.list("header-to"), fromEnvironment),
-          repeat: flags.on("idempotent") ? "same-key" : "never",
-          dedupeWindowMs: flags.number("dedupe-window-ms"),
-          timeoutMs: flags.number("timeout-ms"),
-          reconcile: flags.text("reconcile"),
-        });
-      } catch (error) {
-        throw new UsageError(`--to: ${reason(error)}`);
-      }
+      const headers = pairs("header-to", flags.list("header-to"), fromEnvironment);
+      const reconcile = flags.text("reconcile");
+      // One after the other, so that a complaint names its flag.
+      blaming("to", () => httpSink(url));
+      blaming("header-to", () => httpSink(url, { headers }));
+      blaming("reconcile", () => httpSink(url, { reconcile }));
+      return httpSink(url, {
+        method: flags.text("method") as "POST" | "PUT" | undefined,
+        headers,
+        repeat: flags.on("idempotent") ? "same-key" : "never",
+        dedupeWindowMs: flags.number("dedupe-window-ms"),
+        timeoutMs: flags.number("timeout-ms"),
+        reconcile,
+      });
     }
     case "file":
-      onlyParameters("file", parameters, []);
+      onlyParameters("to", "file", parameters, []);
       if (rest === "" || rest.startsWith("//")) {
         throw new UsageError(`--to: "${url}" names no file: write file:events.jsonl`);
       }
       return fileSink(rest);
     case "stdout":
-      onlyParameters("stdout", parameters, []);
+      onlyParameters("to", "stdout", parameters, []);
       if (rest !== "") throw new UsageError(`--to: write stdout: with nothing behind it, not "${url}"`);
       return stdoutSink(async (bytes) => {
         try {
@@ -192,6 +200,14 @@ export function openSink(url: string, flags: Flags): CallSink | AtomicSink {
   }
 }
 
+function blaming(flag: string, run: () => unknown): void {
+  try {
+    run();
+  } catch (error) {
+    throw new UsageError(`--${flag}: ${reason(error)}`);
+  }
+}
+
 /** Reads texts of the form `name=value`. */
 export function pairs(
   flag: string,
@@ -203,15 +219,21 @@ export function pairs(
     const at = text.indexOf("=");
     // The value may be a secret, so a message shows none of it.
     if (at < 1) throw new UsageError(`--${flag} must be of the form NAME=VALUE`);
-    found[text.slice(0, at)] = convert(text.slice(at + 1), flag);
+    const name = text.slice(0, at);
+    if (Object.keys(found).some((other) => other.toLowerCase() === name.toLowerCase())) {
+      throw new UsageError(`--${flag} has ${name} twice`);
+    }
+    found[name] = convert(text.slice(at + 1), flag);
   }
   return found;
 }
 
 function fromEnvironment(text: string, flag: string): string {
   if (!text.startsWith("env:")) return text;
-  const value = Deno.env.get(text.slice(4));
-  if (value === undefined) throw new UsageError(`--${flag}: the environment has no variable ${text.slice(4)}`);
+  const name = text.slice(4);
+  if (!/^[^=\0]+$/.test(name)) throw new UsageError(`--${flag}: behind env: there must be the name of a variable`);
+  const value = Deno.env.get(name);
+  if (value === undefined) throw new UsageError(`--${flag}: the environment has no variable ${name}`);
   return value;
 }
 
