@@ -38,7 +38,7 @@ const STATES: readonly EffectState[] = ["claimed", "waiting", "done", "rejected"
 const RELAY_FLAGS: Readonly<Record<string, Flag>> = {
   from: { kind: "text", value: "URL", required: true, help: "the outbox, such as sqlite:app.db" },
   to: { kind: "text", value: "URL", required: true, help: "the target: http(s)://…, file:events.jsonl or stdout:" },
-  name: { kind: "text", value: "NAME", help: "scope of the relay's effects (default)" },
+  name: { kind: "name", value: "NAME", help: "scope of the relay's effects (default)" },
   topics: { kind: "text", value: "A,B", help: "only these topics (all)" },
   drain: { kind: "switch", help: "stop when nothing deliverable is left" },
   store: { kind: "text", value: "URL", help: "where calls are claimed (beside the outbox)" },
@@ -86,13 +86,13 @@ const COMMANDS: Readonly<Record<string, Command>> = {
     summary: "put messages into the outbox, all or none",
     flags: {
       store: STORE,
-      topic: { kind: "text", help: "the message's topic" },
-      key: { kind: "text", help: "its ordering key (none: no order)" },
+      topic: { kind: "name", value: "TEXT", help: "the message's topic" },
+      key: { kind: "name", value: "TEXT", help: "its ordering key (none: no order)" },
       value: { kind: "text", help: "its value, byte for byte; JSON is marked as such" },
       tombstone: { kind: "switch", help: "no value" },
-      id: { kind: "text", help: "its id (a UUID)" },
+      id: { kind: "name", value: "TEXT", help: "its id (a UUID)" },
       header: { kind: "list", value: "NAME=VALUE", help: "one of its headers" },
-      jsonl: { kind: "text", value: "FILE", help: "many: {id?,topic,key?,value|valueBase64,headers?} a line; - for stdin" },
+      jsonl: { kind: "name", value: "FILE", help: "many: {id?,topic,key?,value|valueBase64,headers?} a line; - for stdin" },
       json: JSON_OUT,
     },
     example: `enqueue --store sqlite:app.db --topic payments --key order-1 --value '{"amount":5}'`,
@@ -174,13 +174,12 @@ const COMMANDS: Readonly<Record<string, Command>> = {
     example: "effects retry order-1 --store sqlite:app.db",
     run: (flags) =>
       withEffect(flags, async (effect, { store }, parked, outbox) => {
-        if (effect?.doubt) {
-          const how = effect.state === "waiting"
-            ? "the relay will repeat it under the same idempotency key"
-            : `find out, then: effects resolve ${effect.key} --as done, or --as absent`;
+        if (effect?.doubt && effect.state !== "waiting") {
+          const how = `find out, then: effects resolve ${effect.key} --as done, or --as absent`;
           throw new Error(`"${effect.key}" may have happened: ${how}`);
         }
-        if (effect && effect.state !== "done") await store.resolve(effect, { as: "absent" });
+        if (effect?.state === "waiting") await store.resolve(effect, { as: "retry" });
+        else if (effect && effect.state !== "done") await store.resolve(effect, { as: "absent" });
         else if (!parked) throw new Error(`"${flags.words[0]}" is ${effect?.state}: there is nothing to retry`);
         await outbox.release(flags.words[0]!);
         print(flags, { key: flags.words[0]!, retried: true }, `"${flags.words[0]}" will be sent anew`);
@@ -348,7 +347,7 @@ interface Ends {
 async function withEnds(flags: Flags, run: (ends: Ends) => Promise<number>): Promise<number> {
   const [min, max] = [flags.number("min-retry-ms") ?? 200, flags.number("max-retry-ms") ?? 60_000];
   if (min > max) throw new UsageError(`--min-retry-ms must be at most --max-retry-ms, which is ${max}`);
-  const topics = flags.text("topics")?.split(",");
+  const topics = flags.text("topics")?.split(",").map((topic) => topic.trim());
   if (topics?.includes("")) throw new UsageError("--topics must be names with commas between them");
   const from = flags.given("from");
   const sink = openSink(flags.given("to"), flags);
@@ -503,8 +502,8 @@ function seconds(ms: number): string {
   return ms < 1000 ? `${ms} ms` : `${Math.round(ms / 1000)} s`;
 }
 
-function usage(): string {
-  const names = Object.keys(COMMANDS);
+function usage(prefix = ""): string {
+  const names = Object.keys(COMMANDS).filter((name) => name.startsWith(prefix));
   const width = Math.max(...names.map((name) => name.length)) + 2;
   return `effectonce: exactly-once effects between a log and the outside world\n\n` +
     names.map((name) => `  ${name.padEnd(width)}${COMMANDS[name]!.summary}\n`).join("") +
@@ -515,9 +514,14 @@ function usage(): string {
 export async function main(args: readonly string[]): Promise<number> {
   const [first, second] = args;
   if (first === undefined || first === "help" || first === "--help" || first === "-h") {
+    if (first === "help" && second !== undefined) return await main([...args.slice(1), "--help"]);
     if (first !== undefined) write(usage());
     else console.error(usage().trimEnd());
     return first === undefined ? 2 : 0;
+  }
+  if (first === "effects" && (second === "--help" || second === "-h")) {
+    write(usage("effects "));
+    return 0;
   }
   const name = first === "effects" && second !== undefined && !second.startsWith("-") ? `effects ${second}` : first;
   const command = Object.hasOwn(COMMANDS, name) ? COMMANDS[name] : undefined;
@@ -539,7 +543,7 @@ export async function main(args: readonly string[]): Promise<number> {
     return await command.run(readFlags(rest, command.flags, command.words ?? []));
   } catch (error) {
     const usage = error instanceof UsageError;
-    console.error(`effectonce: ${reason(error)}${usage ? `\nSee: ${command ? `${name} ` : ""}--help` : ""}`);
+    console.error(`effectonce: ${reason(error).trimEnd()}${usage ? `\nSee: ${command ? `${name} ` : ""}--help` : ""}`);
     return usage ? 2 : 1;
   }
 }

@@ -327,6 +327,8 @@ export type Resolution =
   | { readonly as: "done"; readonly result?: Json }
   /** It did not happen, and may run anew (under a new idempotency key if it may have been sent). */
   | { readonly as: "absent" }
+  /** It need not wait any longer for its next attempt, which is like any other: under the same idempotency key. */
+  | { readonly as: "retry" }
   /** It shall never run. */
   | { readonly as: "rejected"; readonly reason: string };
 
@@ -748,6 +750,10 @@ function resolveStep(key: EffectKey, resolution: Resolution, fence: number | und
         write: { ...base, state: "done", result: text, resultOmitted: omitted, reason: null },
         answer: undefined,
       };
+    }
+    if (resolution.as === "retry") {
+      if (row.state === "waiting") return { write: { ...base, attempt: 0 }, answer: undefined };
+      return refuse(new RangeError(`${named}: it is ${row.state}, and waits for no attempt`));
     }
     if (resolution.as === "rejected") {
       return { write: { ...base, state: "rejected", reason: resolution.reason, result: null }, answer: undefined };
@@ -1311,7 +1317,7 @@ export interface Outbox extends Source {
   find(id: string): Promise<OutboxMessage | undefined>;
   /** Lets a parked or waiting message, and what it held back, be delivered; false if there is no such message. */
   release(id: string): Promise<boolean>;
-  /** Removes a parked message for good, and frees what it held back; false if no such message is parked. */
+  /** Removes a message that is not delivered, for good, and frees what it held back; false if there is none. */
   discard(id: string): Promise<boolean>;
   /** Deletes delivered messages that were kept; answers how many. Bounded: call it until it answers less than `limit`. */
   prune(options: PruneOptions): Promise<number>;
@@ -2475,6 +2481,7 @@ export interface OutboxOptions {
 /** The outbox of a {@linkcode memoryStore} as a source. */
 export function memoryOutbox(store: MemoryStore, options: OutboxOptions = {}): Source {
   const { topics } = options;
+  if (topics?.length === 0) throw new RangeError("Cannot read no topics: name one at least, or leave them out for all");
   const memory = memories.get(store);
   if (!memory) throw new TypeError("Cannot read the outbox: the store must come from memoryStore()");
   const { turns, now } = memory;

@@ -85,11 +85,22 @@ function isCompactJson(text: string, headers: Message["headers"]): boolean {
   }
 }
 
-/** Keeps the digits of a number that JavaScript would round or write otherwise. https://tc39.es/proposal-json-parse-with-source */
+/** As JSON.parse, but numbers that JavaScript would round keep their digits. */
+function parseJson(text: string): unknown {
+  try {
+    return JSON.parse(text, exactNumber);
+  } catch (error) {
+    if (error instanceof RangeError) return JSON.parse(text); // Nested too deeply to be visited member by member.
+    throw error;
+  }
+}
+
+/** https://tc39.es/proposal-json-parse-with-source */
 function exactNumber(_: string, value: unknown, context?: { readonly source?: string }): unknown {
-  const source = context?.source;
-  if (typeof value !== "number" || source === undefined || source === String(value)) return value;
-  return (JSON as unknown as { rawJSON(text: string): unknown }).rawJSON(source);
+  if (typeof value !== "number" || context?.source === undefined) return value;
+  const { source } = context;
+  const exact = Number.isFinite(value) && (source === String(value) || source.replaceAll(/\D/g, "").length <= 15);
+  return exact ? value : (JSON as unknown as { rawJSON(text: string): unknown }).rawJSON(source);
 }
 
 const MEMBERS: ReadonlySet<string> = new Set(["id", "topic", "key", "value", "valueBase64", "headers", "time"]);
@@ -107,7 +118,7 @@ export function parseLine(line: string): NewMessage | null {
   if (line.trim() === "") return null;
   let json: unknown;
   try {
-    json = JSON.parse(line, exactNumber);
+    json = parseJson(line);
   } catch (cause) {
     // The parser's own message quotes the line: it may hold what no log should.
     throw new SyntaxError("Cannot read the line: it is not JSON", { cause });

@@ -376,6 +376,11 @@ function checkSchema(prepare: Database["prepare"], name: string): void {
 export async function migrateSqlite(client: SqliteClient, options: SqliteOptions = {}): Promise<void> {
   const { prepare, write, alone, name } = open(client, options, false);
   await write(() => {
+    const { encoding } = prepare("pragma encoding").get() as { encoding: string };
+    // A value may have been stored as text, and its bytes would be others.
+    if (encoding !== "UTF-8") {
+      throw new EffectError("source_invalid", `Cannot use ${name}: its encoding is ${encoding}, not UTF-8`);
+    }
     const tables = prepare("select name from sqlite_master where type = 'table' and name like 'effectonce_%'").all();
     const names = (tables as { name: string }[]).map(({ name }) => name);
     const exists = names.includes("effectonce_meta");
@@ -646,13 +651,11 @@ interface StoredMessage {
   id: string;
   topic: string;
   key: string | null;
-  value: Uint8Array | string | number | null;
+  value: Uint8Array | null;
   headers: string;
   created_at: string;
   behind: number;
 }
-
-const encoder = new TextEncoder();
 
 function toMessage({ id, topic, key, value, headers, created_at }: StoredMessage): Message {
   const texts: Record<string, string> = {};
@@ -663,8 +666,7 @@ function toMessage({ id, topic, key, value, headers, created_at }: StoredMessage
     id,
     topic,
     key,
-    // A plain INSERT may have stored text or a number.
-    value: value === null || value instanceof Uint8Array ? bytesOf(value) : encoder.encode(String(value)),
+    value: bytesOf(value),
     headers: texts,
     time: new Date(created_at),
   });
@@ -672,13 +674,16 @@ function toMessage({ id, topic, key, value, headers, created_at }: StoredMessage
 
 /** The table `effectonce_outbox` as a source, for the relays and for operators. */
 export function sqliteOutbox(client: SqliteClient, options: SqliteOutboxOptions = {}): Outbox {
-  const { topics, keep = false } = options;
+  const { keep = false } = options;
+  const topics = options.topics && [...new Set(options.topics)];
+  if (topics?.length === 0) throw new RangeError("Cannot read no topics: name one at least, or leave them out for all");
   const { name, prepare, read, write, now } = open(client, options);
   const mine = topics ? ` and topic in (${topics.map(() => "?").join(", ")})` : "";
   const given: readonly string[] = topics ?? [];
+  // value as blob: a plain INSERT may have stored a number, or text, which node:sqlite cuts at U+0000.
   // seq as text: it may exceed 2^53. A row is behind if one of its key, before it, waits or is set aside.
   const select = (held: string, extra: string): string => {
-    const columns = `select cast(o.seq as text) as seq, id, topic, key, value, headers, created_at,
+    const columns = `select cast(o.seq as text) as seq, id, topic, key, cast(value as blob) as value, headers, created_at,
       key is not null and exists (select 1 from effectonce_outbox h where h.key = o.key and h.seq < o.seq
         and h.${HELD} and h.state <> '${held}'${mine}) as behind
       from effectonce_outbox o where state = 'pending'${extra}`;
@@ -810,7 +815,7 @@ export function sqliteOutbox(client: SqliteClient, options: SqliteOutboxOptions 
           continue;
         }
         if (behind.length > 0 && mayWrite) continue; // To be read again once those are marked.
-        size += typeof row.value === "string" || row.value instanceof Uint8Array ? row.value.length : 0;
+        size += row.value?.length ?? 0;
         if (size > bytes && found.length > 0) break;
         found.push(row);
       }
@@ -864,8 +869,10 @@ export function sqliteOutbox(client: SqliteClient, options: SqliteOutboxOptions 
     function withMessages(batch: Position): Batch {
       const messages = [];
       for (const [seq, id] of batch.rows) {
-        const stored = prepare(`select cast(seq as text) as seq, id, topic, key, value, headers, created_at, 0 as behind
-          from effectonce_outbox where seq = cast(? as integer) and id = ?`).get(seq, id);
+        const stored = prepare(
+          `select cast(seq as text) as seq, id, topic, key, cast(value as blob) as value, headers, created_at, 0 as behind
+          from effectonce_outbox where seq = cast(? as integer) and id = ?`,
+        ).get(seq, id);
         if (stored) messages.push(toMessage(stored as StoredMessage));
       }
       return { ...batch, messages };
@@ -997,7 +1004,7 @@ export function sqliteOutbox(client: SqliteClient, options: SqliteOutboxOptions 
     discard: (id) =>
       write(() => {
         const found = find(id);
-        if (found?.state !== "parked") return false;
+        if (!found || found.state === "delivered") return false;
         prepare(`delete from effectonce_outbox where id = ?`).run(id);
         // Whichever topics a relay has: it holds back again what it must.
         prepare(`update effectonce_outbox set state = 'pending' where state = 'blocked' and key = ?`).run(found.key);
