@@ -644,6 +644,7 @@ function claimStep(
         untilMs: now + leaseMs,
         firstMs: row.firstMs ?? now,
         doubt,
+        reason: null,
         changedMs: now,
       });
     }
@@ -2219,10 +2220,10 @@ export async function relay(options: RelayOptions): Promise<RelayReport> {
  * For adapters on one connection: runs one after the other what must not mix on it. A turn that does not come within
  * `waitMs` is the error `busy`, which also ends the deadlock of a transaction that waits for itself.
  */
-export function createTurns(name: string, waitMs: number, runtime: Runtime = realRuntime): Turns {
+export function createTurns(name: string, runtime: Runtime = realRuntime): Turns {
   let last: Promise<void> = Promise.resolve();
   let taken = 0;
-  return async (run) => {
+  return async (waitMs, run) => {
     const before = last;
     let done!: () => void;
     const mine = new Promise<void>((resolve) => done = resolve);
@@ -2249,7 +2250,7 @@ export function createTurns(name: string, waitMs: number, runtime: Runtime = rea
 }
 
 /** See {@linkcode createTurns}. */
-export type Turns = <T>(run: () => T | Promise<T>) => Promise<T>;
+export type Turns = <T>(waitMs: number, run: () => T | Promise<T>) => Promise<T>;
 
 interface MemoryRow extends MessageFields {
   readonly seq: number;
@@ -2272,7 +2273,7 @@ interface MemoryState {
 
 interface Memory {
   state: MemoryState;
-  readonly turns: Turns;
+  readonly turns: <T>(run: () => T | Promise<T>) => Promise<T>;
   readonly now: () => number;
   readonly sessions: Set<{ readonly relay: string; readonly topics: readonly string[] | undefined }>;
 }
@@ -2280,8 +2281,13 @@ interface Memory {
 const memories = new WeakMap<object, Memory>();
 const NAME = "memory";
 const joined = (first: string, second: string): string => JSON.stringify([first, second]);
-const byKey = (a: EffectKey, b: EffectKey): number =>
-  a.scope < b.scope ? -1 : a.scope > b.scope ? 1 : a.key < b.key ? -1 : a.key > b.key ? 1 : 0;
+/** By UTF-8 bytes, as databases compare; JavaScript compares by UTF-16 units. */
+function byBytes(a: string, b: string): number {
+  const [x, y] = [encoder.encode(a), encoder.encode(b)];
+  const at = x.findIndex((byte, i) => byte !== y[i]);
+  return at < 0 ? x.length - y.length : x[at]! - (y[at] ?? -1);
+}
+const byKey = (a: EffectKey, b: EffectKey): number => byBytes(a.scope, b.scope) || byBytes(a.key, b.key);
 
 /** How {@linkcode memoryStore} keeps time. */
 export interface MemoryStoreOptions {
@@ -2309,16 +2315,16 @@ export interface MemoryStore extends EffectStore<null> {
 /** A store in memory, with an outbox ({@linkcode memoryOutbox}): for unit tests; it keeps nothing. */
 export function memoryStore(options: MemoryStoreOptions = {}): MemoryStore {
   const { now = Date.now, runtime } = options;
+  const turns = createTurns(NAME, runtime);
   const memory: Memory = {
     state: { effects: new Map(), outbox: new Map(), shards: new Map(), positions: new Map(), seq: 0 },
-    turns: createTurns(NAME, 5_000, runtime),
+    turns: (run) => turns(5_000, run),
     now: () => now(),
     sessions: new Set(),
   };
-  const { turns } = memory;
   /** Runs on a copy that takes the state's place only at the end. */
   const transact = <T>(run: (draft: MemoryState) => T | Promise<T>): Promise<T> =>
-    turns(async () => {
+    memory.turns(async () => {
       const { effects, outbox, shards, positions, seq } = memory.state;
       const draft = {
         effects: new Map(effects),
@@ -2331,60 +2337,53 @@ export function memoryStore(options: MemoryStoreOptions = {}): MemoryStore {
       memory.state = draft;
       return answer;
     });
-  function handle(draft: MemoryState): EffectTransaction & { failed(): unknown } {
+  function handle(draft: MemoryState): { readonly effects: EffectTransaction; readonly guard: TransactionGuard } {
     const mine = new Set<string>();
-    let failure: { readonly error: unknown } | undefined;
-    const claim: EffectTransaction["claim"] = async (key, { request } = {}) => {
-      checkKey(key);
-      const { bytes, fingerprint } = await encodeRequest(request);
-      const id = joined(key.scope, key.key);
-      const { write, answer } = transactionStep(key, fingerprint, bytes)(draft.effects.get(id), memory.now());
-      if (write) {
-        draft.effects.set(id, write);
-        mine.add(id);
-      }
-      return answer;
-    };
-    return {
+    const guard = createGuard();
+    const claim: EffectTransaction["claim"] = (key, { request } = {}) =>
+      guard.run(async () => {
+        checkKey(key);
+        const { bytes, fingerprint } = await encodeRequest(request);
+        const id = joined(key.scope, key.key);
+        const { write, answer } = transactionStep(key, fingerprint, bytes)(draft.effects.get(id), memory.now());
+        if (write) {
+          draft.effects.set(id, write);
+          mine.add(id);
+        }
+        return answer;
+      });
+    const effects: EffectTransaction = {
       claim,
       async claimAll(keys) {
         const answers: Claim[] = [];
         for (const key of keys) answers.push(await claim(key));
         return answers;
       },
-      complete(key, result) {
-        const id = joined(key.scope, key.key);
-        if (!mine.has(id)) return Promise.reject(notClaimed(key));
-        const { text, omitted } = encodeResult(result);
-        draft.effects.set(id, { ...draft.effects.get(id)!, result: text, resultOmitted: omitted });
-        return Promise.resolve();
-      },
-      // deno-lint-ignore require-await -- what throws here must reject
-      async enqueue(...messages) {
-        for (const message of messages) {
-          const fields = encodeMessage(message);
-          if (draft.outbox.values().some(({ id }) => id === fields.id)) {
-            failure ??= { error: new RangeError(`Cannot enqueue "${fields.id}": this id is in the outbox already`) };
-            throw failure.error;
+      complete: (key, result) =>
+        guard.run(() => {
+          const id = joined(key.scope, key.key);
+          if (!mine.has(id)) throw notClaimed(key);
+          const { text, omitted } = encodeResult(result);
+          draft.effects.set(id, { ...draft.effects.get(id)!, result: text, resultOmitted: omitted });
+        }),
+      enqueue: (...messages) =>
+        guard.run(() => {
+          for (const message of messages) {
+            const fields = encodeMessage(message);
+            if (draft.outbox.values().some(({ id }) => id === fields.id)) throw alreadyEnqueued(fields.id);
+            const row = { ...fields, time: new Date(memory.now()), state: "pending", untilMs: 0, reason: null } as const;
+            draft.outbox.set(++draft.seq, { ...row, seq: draft.seq });
           }
-          const row = { ...fields, time: new Date(memory.now()), state: "pending", untilMs: 0, reason: null } as const;
-          draft.outbox.set(++draft.seq, { ...row, seq: draft.seq });
-        }
-      },
-      // deno-lint-ignore require-await -- what throws here must reject
-      async advance(owner, { n, uid, prev, rows }) {
-        const id = joined(owner.relay, owner.source);
-        const ring = draft.positions.get(id) ?? [];
-        try {
+        }),
+      advance: (owner, { n, uid, prev, rows }) =>
+        guard.run(() => {
+          const id = joined(owner.relay, owner.source);
+          const ring = draft.positions.get(id) ?? [];
           checkAdvance(ring.at(-1), { n, uid, prev, rows });
-        } catch (error) {
-          failure ??= { error };
-          throw error;
-        }
-        draft.positions.set(id, boundRing([...ring, { n, uid, prev, rows }]));
-      },
-      failed: () => failure?.error,
+          draft.positions.set(id, boundRing([...ring, { n, uid, prev, rows }]));
+        }),
     };
+    return { effects, guard };
   }
   const store: MemoryStore = {
     ...claimStore({
@@ -2423,9 +2422,9 @@ export function memoryStore(options: MemoryStoreOptions = {}): MemoryStore {
     }),
     transaction: (run) =>
       transact(async (draft) => {
-        const effects = handle(draft);
+        const { effects, guard } = handle(draft);
         const answer = await run(effects, null);
-        if (effects.failed()) throw effects.failed();
+        guard.check();
         return answer;
       }),
     join() {
@@ -2433,11 +2432,42 @@ export function memoryStore(options: MemoryStoreOptions = {}): MemoryStore {
     },
     positions: ({ relay, source }) => Promise.resolve(memory.state.positions.get(joined(relay, source)) ?? []),
     isDatabaseFailure: () => false,
-    enqueue: (...messages) => transact((draft) => handle(draft).enqueue(...messages)),
+    enqueue: (...messages) => transact((draft) => handle(draft).effects.enqueue(...messages)),
     outbox: () => memory.state.outbox.values().toArray(),
   };
   memories.set(store, memory);
   return store;
+}
+
+/** For adapters: remembers the first failure of a transaction's handle. */
+export interface TransactionGuard {
+  /** Runs one of the handle's calls. */
+  run<T>(call: () => T | Promise<T>): Promise<T>;
+  /** Throws the first failure: a transaction in which a call failed must not commit, even if the error was caught. */
+  check(): void;
+}
+
+/** See {@linkcode TransactionGuard}. */
+export function createGuard(): TransactionGuard {
+  let failure: { readonly error: unknown } | undefined;
+  return {
+    async run(call) {
+      try {
+        return await call();
+      } catch (error) {
+        failure ??= { error };
+        throw error;
+      }
+    },
+    check() {
+      if (failure) throw failure.error;
+    },
+  };
+}
+
+/** For adapters: the error of enqueueing an id for a second time. */
+export function alreadyEnqueued(id: string): RangeError {
+  return new RangeError(`Cannot enqueue "${id}": this id is in the outbox already`);
 }
 
 /** For adapters: the error of completing what was not claimed in the same transaction. */

@@ -23,12 +23,14 @@
 // Synchronous, since no await may come between BEGIN and COMMIT: a relay paused there would keep every writer out.
 import { createHash } from "node:crypto";
 import {
+  alreadyEnqueued,
   type Batch,
   chainText,
   checkAdvance,
   checkKey,
   type Claim,
   claimStore,
+  createGuard,
   createMessage,
   createTurns,
   EffectError,
@@ -55,6 +57,7 @@ import {
   type Shard,
   type SourceSession,
   START,
+  type TransactionGuard,
   transactionStep,
   type Turns,
 } from "../mod.ts";
@@ -131,7 +134,7 @@ const MIGRATIONS: readonly (readonly string[])[] = [[
 )`,
   `create index effectonce_outbox_pending on effectonce_outbox (seq) where state = 'pending'`,
   `create index effectonce_outbox_topic on effectonce_outbox (topic, seq) where state = 'pending'`,
-  `create index effectonce_outbox_held on effectonce_outbox (key, seq, state, topic)
+  `create index effectonce_outbox_held on effectonce_outbox (key, state, seq, topic)
   where state in ('waiting', 'parked', 'blocked')`,
   `create index effectonce_outbox_blocked on effectonce_outbox (key, seq, topic) where state = 'blocked'`,
   `create index effectonce_outbox_until on effectonce_outbox (state, until_ms)
@@ -226,6 +229,8 @@ interface Connection {
   readonly turns: Turns;
   readonly prepare: (sql: string) => SqliteStatement;
   checked: boolean;
+  /** The driver's own wait for a lock. */
+  readonly timeoutMs: number;
 }
 const connections = new WeakMap<SqliteClient, Connection>();
 
@@ -243,18 +248,19 @@ interface Database {
   transaction<T>(run: () => Promise<T>): Promise<T>;
 }
 
-function connectionOf(client: SqliteClient, name: string, waitMs: number): Connection {
+function connectionOf(client: SqliteClient, name: string): Connection {
   const known = connections.get(client);
   if (known) return known;
   const statements = new Map<string, SqliteStatement>();
   const connection = {
-    turns: createTurns(name, waitMs),
+    turns: createTurns(name),
     prepare(sql: string) {
       let statement = statements.get(sql);
       if (!statement) statements.set(sql, statement = client.prepare(sql));
       return statement;
     },
     checked: false,
+    timeoutMs: Number(Object.values(client.prepare("pragma busy_timeout").get() as Record<string, unknown>)[0]),
   };
   connections.set(client, connection);
   return connection;
@@ -262,13 +268,19 @@ function connectionOf(client: SqliteClient, name: string, waitMs: number): Conne
 
 function open(client: SqliteClient, options: SqliteOptions, checks = true): Database {
   const { name = "sqlite", waitMs = 5_000, now = Date.now } = options;
-  const connection = connectionOf(client, name, waitMs);
+  const connection = connectionOf(client, name);
   const { turns, prepare } = connection;
 
   function begin(sql: string): void {
     try {
       prepared();
-      prepare(sql).run();
+      // Waiting in the driver would block the thread, and with it the renewal of leases.
+      if (connection.timeoutMs > 20) prepare("pragma busy_timeout = 0").get();
+      try {
+        prepare(sql).run();
+      } finally {
+        if (connection.timeoutMs > 20) prepare(`pragma busy_timeout = ${connection.timeoutMs}`).get();
+      }
     } catch (error) {
       if (!(error instanceof Error && /(within|inside) a transaction/.test(error.message))) throw error;
       throw new EffectError(
@@ -290,7 +302,7 @@ function open(client: SqliteClient, options: SqliteOptions, checks = true): Data
     const until = realRuntime.now() + waitMs;
     for (;;) {
       try {
-        return await turns(run);
+        return await turns(waitMs, run);
       } catch (error) {
         const cause = error instanceof Error && error.cause !== undefined && !isBusy(error) ? error.cause : error;
         if (!isBusy(cause)) throw error;
@@ -484,21 +496,12 @@ const toPosition = (stored: unknown): Position => {
   return { n, uid, prev, rows: JSON.parse(rows) };
 };
 
-/** Remembers the first failure: a transaction in which a statement failed must not commit, even if the error was caught. */
-function handle(sql: RunSql, now: () => number): { readonly effects: EffectTransaction; readonly failure: () => unknown } {
-  let failure: { readonly error: unknown } | undefined;
+function handle(sql: RunSql, now: () => number): { readonly effects: EffectTransaction; readonly guard: TransactionGuard } {
+  const guard = createGuard();
   const mine = new Set<string>();
   const nameOf = (scope: string, key: string) => JSON.stringify([scope, key]);
-  async function guarded<T>(run: () => Promise<T>): Promise<T> {
-    try {
-      return await run();
-    } catch (error) {
-      failure ??= { error };
-      throw error;
-    }
-  }
   const claim: EffectTransaction["claim"] = (key, { request } = {}) =>
-    guarded(async (): Promise<Claim> => {
+    guard.run(async (): Promise<Claim> => {
       checkKey(key);
       const { bytes, fingerprint } = request === undefined ? NO_REQUEST : await encodeRequest(request);
       const [inserted] = await sql(CLAIM_IN_TRANSACTION, [key.scope, key.key, fingerprint, bytes, now()]);
@@ -515,11 +518,11 @@ function handle(sql: RunSql, now: () => number): { readonly effects: EffectTrans
       return answer;
     });
   return {
-    failure: () => failure?.error,
+    guard,
     effects: {
       claim,
       claimAll: (keys) =>
-        guarded(async () => {
+        guard.run(async () => {
           for (const key of keys) checkKey(key);
           const names = keys.map(({ scope, key }) => nameOf(scope, key));
           const inserted = await sql(CLAIM_ALL_IN_TRANSACTION, [now(), `[${names.join(",")}]`]);
@@ -534,21 +537,21 @@ function handle(sql: RunSql, now: () => number): { readonly effects: EffectTrans
           return claims;
         }),
       complete: (key, result) =>
-        guarded(async () => {
+        guard.run(async () => {
           if (!mine.has(nameOf(key.scope, key.key))) throw notClaimed(key);
           const { text, omitted } = encodeResult(result);
           await sql(COMPLETE_IN_TRANSACTION, [text, omitted ? 1 : 0, key.scope, key.key]);
         }),
       enqueue: (...messages) =>
-        guarded(async () => {
+        guard.run(async () => {
           for (const message of messages) {
             const { id, topic, key, value, headers } = encodeMessage(message);
             const [inserted] = await sql(ENQUEUE, [id, topic, key, value, JSON.stringify(headers)]);
-            if (!inserted) throw new RangeError(`Cannot enqueue "${id}": this id is in the outbox already`);
+            if (!inserted) throw alreadyEnqueued(id);
           }
         }),
       advance: ({ relay, source }, { n, uid, prev, rows }) =>
-        guarded(async () => {
+        guard.run(async () => {
           const [stored] = await sql(`${SELECT_POSITIONS} order by n desc limit 1`, [relay, source]);
           checkAdvance(stored ? toPosition(stored) : START, { n, uid, prev, rows });
           await sql(ADVANCE, [relay, source, n, uid, prev, JSON.stringify(rows)]);
@@ -564,7 +567,7 @@ export function sqliteStore<Client extends SqliteClient>(client: Client, options
   const database = open(client, options);
   const { prepare, read, write, now } = database;
   const runOn = (client: SqliteClient): RunSql => {
-    const { prepare } = connectionOf(client, database.name, options.waitMs ?? 5_000);
+    const { prepare } = connectionOf(client, database.name);
     // deno-lint-ignore require-await -- what throws here must reject
     return async (sql, values) => prepare(sql).all(...values as SqliteValue[]) as Record<string, unknown>[];
   };
@@ -620,9 +623,9 @@ export function sqliteStore<Client extends SqliteClient>(client: Client, options
     }),
     transaction: (run) =>
       database.transaction(async () => {
-        const { effects, failure } = handle(runOn(client), now);
+        const { effects, guard } = handle(runOn(client), now);
         const answer = await run(effects, client);
-        if (failure() !== undefined) throw failure();
+        guard.check();
         return answer;
       }),
     join(open) {
@@ -685,7 +688,7 @@ export function sqliteOutbox(client: SqliteClient, options: SqliteOutboxOptions 
   const select = (held: string, extra: string): string => {
     const columns = `select cast(o.seq as text) as seq, id, topic, key, cast(value as blob) as value, headers, created_at,
       key is not null and exists (select 1 from effectonce_outbox h where h.key = o.key and h.seq < o.seq
-        and h.${HELD} and h.state <> '${held}'${mine}) as behind
+        and h.${HELD} and h.state in ${held}${mine}) as behind
       from effectonce_outbox o where state = 'pending'${extra}`;
     if (!topics) return `${columns} order by o.seq limit ?`;
     // A part for each topic, so that each reads its own index only as far as the limit.
@@ -698,13 +701,15 @@ export function sqliteOutbox(client: SqliteClient, options: SqliteOutboxOptions 
   /** Frees what was held back behind a message of this key, as far as nothing else of the key is in the way. */
   function unblock(key: string | null, onPark: "block" | "skip"): void {
     if (key === null) return;
-    const stop = onPark === "block" ? "('waiting', 'parked')" : "('waiting')";
+    // The first of its key that waits, or is parked: from there on it stays held back.
+    const first = (state: string) =>
+      `coalesce((select min(h.seq) from effectonce_outbox h where h.key = o.key and h.${HELD} and h.state = '${state}'${mine}),
+        9223372036854775807)`;
+    const stop = onPark === "block" ? `min(${first("waiting")}, ${first("parked")})` : first("waiting");
     // In portions: each settled message of the key calls this again.
     prepare(`update effectonce_outbox set state = 'pending' where seq in (
-      select seq from effectonce_outbox o where key = ? and state = 'blocked'${mine}
-      and seq < coalesce((select seq from effectonce_outbox h where h.key = o.key and h.${HELD} and h.state in ${stop}${mine}
-        order by h.seq limit 1), 9223372036854775807)
-      order by seq limit 1000)`).run(key, ...given, ...given);
+      select seq from effectonce_outbox o where key = ? and state = 'blocked'${mine} and seq < ${stop}
+      order by seq limit 100)`).run(key, ...given, ...given, ...onPark === "block" ? given : []);
   }
   /** Frees what is held back behind rows that a person deleted, or that this relay lets pass. */
   function freeStranded(onPark: "block" | "skip"): void {
@@ -748,15 +753,15 @@ export function sqliteOutbox(client: SqliteClient, options: SqliteOutboxOptions 
     prepare(`update effectonce_outbox set state = 'pending' where ${WAITING} and until_ms <= ?${mine}`).run(now(), ...given);
   }
   const columns = "id, topic, key, state, coalesce(reason, '') as reason";
-  const find = (id: string): OutboxMessage | undefined =>
-    (prepare(`select ${columns} from effectonce_outbox where id = ?${mine}`).get(id, ...given) ?? undefined) as
-      | OutboxMessage
-      | undefined;
+  function find(id: string): OutboxMessage | undefined {
+    const found = prepare(`select ${columns} from effectonce_outbox where id = ?${mine}`).get(id, ...given);
+    return found ? { ...found as OutboxMessage } : undefined; // A plain object, whatever the driver makes.
+  }
 
   async function openSession(relay: string, protocol: string, onPark: "block" | "skip", leaseMs: number) {
     const instance = crypto.randomUUID();
     const registration = topics ? JSON.stringify(topics.toSorted()) : null;
-    const held = onPark === "block" ? "" : "parked";
+    const held = onPark === "block" ? "('waiting', 'parked', 'blocked')" : "('waiting', 'blocked')";
     const cache = new Map<string, Batch>();
 
     const registered = () => prepare(`select 1 from effectonce_relays where instance = ?`).get(instance) !== undefined;
@@ -825,7 +830,7 @@ export function sqliteOutbox(client: SqliteClient, options: SqliteOutboxOptions 
       // Looks again: what held them back may be gone since they were read.
       const sql = `update effectonce_outbox as o set state = 'blocked' where seq = cast(? as integer) and state = 'pending'
         and exists (select 1 from effectonce_outbox h where h.key = o.key and h.seq < o.seq
-          and h.${HELD} and h.state <> '${held}'${mine})`;
+          and h.${HELD} and h.state in ${held}${mine})`;
       for (const seq of seqs) prepare(sql).run(seq, ...given);
     }
     function pendingNow(limits: ReadLimits, extra: string, values: readonly SqliteValue[]): StoredMessage[] {
@@ -978,7 +983,7 @@ export function sqliteOutbox(client: SqliteClient, options: SqliteOutboxOptions 
           (select count(*) from effectonce_outbox where ${HELD} and state = 'parked'${mine}) as parked,
           (select min(created_at) from effectonce_outbox where seq in (
             select min(seq) from effectonce_outbox where state = 'pending'${mine} union all
-            select min(seq) from effectonce_outbox where ${HELD} and state <> 'parked'${mine})) as oldest`)
+            select min(+seq) from effectonce_outbox where ${HELD} and state <> 'parked'${mine})) as oldest`)
           .get(...given, ...given, ...given, ...given, ...given) as {
             pending: number;
             parked: number;
