@@ -219,6 +219,10 @@ const COMMANDS: Readonly<Record<string, Command>> = {
     run: (flags) =>
       withEffect(flags, async (effect, { store }, parked, outbox) => {
         if (effect?.state === "done" && !parked) throw new Error(`"${effect.key}" is done: there is nothing to discard`);
+        const state = (await outbox.find(flags.words[0]!))?.state;
+        if (state === "pending" || state === "blocked") {
+          throw new Error(`"${flags.words[0]}" is ${state} in the outbox: it can be discarded when it is parked`);
+        }
         if (effect && effect.state !== "done") {
           await store.resolve(effect, { as: "rejected", reason: "discarded by a person" });
         }

@@ -1318,7 +1318,7 @@ export interface Outbox extends Source {
   find(id: string): Promise<OutboxMessage | undefined>;
   /** Lets a parked or waiting message, and what it held back, be delivered; false if there is no such message. */
   release(id: string): Promise<boolean>;
-  /** Removes a message that is not delivered, for good, and frees what it held back; false if there is none. */
+  /** Removes a parked or waiting message for good, and frees what it held back; false if there is no such message. */
   discard(id: string): Promise<boolean>;
   /** Deletes delivered messages that were kept; answers how many. Bounded: call it until it answers less than `limit`. */
   prune(options: PruneOptions): Promise<number>;
@@ -1789,8 +1789,10 @@ async function deliverClaimed(
   const { name: relay, runtime } = o;
   const lanes = new Map<string, Lane>();
   const inHand = new Set<string>();
-  /** What left the hand while a read was under way: its answer may be older. */
+  // What left the hand while a read was under way: its answer may be older. A message of a key that was held back meanwhile
+  // must wait for the next read, which knows what is before it.
   const gone = new Set<string>();
+  const heldBack = new Set<string>();
   const doubts = new Map<string, number>();
   const repeatWithinMs = repeat === "same-key" ? repeatWithin(sink.dedupeWindowMs ?? 0) : undefined;
   let active = 0;
@@ -1954,6 +1956,7 @@ async function deliverClaimed(
           inHand.delete(id);
           gone.add(id);
         }
+        if (next === "held") heldBack.add(key);
       }
     } catch (error) {
       failed(error, 1000);
@@ -1970,17 +1973,20 @@ async function deliverClaimed(
     if (stopping() && active === 0) break;
     let waitMs: number | null = null;
     let readable = false;
+    let stale = false;
     const reads = inHand.size <= o.batch / 2;
     if (reads && !stopping()) {
       gone.clear();
+      heldBack.clear();
       try {
         const read = await source.read({ rows: inHand.size + o.batch, bytes: o.batchBytes });
         readable = true;
         waitMs = read.waitMs;
         for (const message of read.messages) {
-          if (inHand.has(message.id) || gone.has(message.id)) continue;
-          inHand.add(message.id);
+          if (inHand.has(message.id)) continue;
           const key = message.key === null ? `i${message.id}` : `k${message.key}`;
+          if (stale ||= gone.has(message.id) || heldBack.has(key)) continue;
+          inHand.add(message.id);
           const lane = lanes.get(key) ?? { messages: [], readyAt: 0, running: false };
           lane.messages.push(message);
           lanes.set(key, lane);
@@ -1988,7 +1994,7 @@ async function deliverClaimed(
       } catch (error) {
         failed(error, o.pollMs);
       }
-      if (inHand.size === 0 && active === 0 && readable) {
+      if (inHand.size === 0 && active === 0 && readable && !stale) {
         if (o.drain && waitMs === null) break;
         if (!idle) o.emit({ type: "idle", relay });
         idle = true;
@@ -1997,7 +2003,7 @@ async function deliverClaimed(
       }
     }
     const now = runtime.now();
-    let wakeAt = reads ? now + Math.min(o.pollMs, waitMs ?? o.pollMs) : Infinity;
+    let wakeAt = stale ? now : reads ? now + Math.min(o.pollMs, waitMs ?? o.pollMs) : Infinity;
     if (!stopping()) {
       for (const [key, lane] of lanes) {
         if (active >= o.lanes) break;

@@ -135,10 +135,10 @@ const MIGRATIONS: readonly (readonly string[])[] = [[
   `create index effectonce_outbox_pending on effectonce_outbox (seq) where state = 'pending'`,
   `create index effectonce_outbox_topic on effectonce_outbox (topic, seq) where state = 'pending'`,
   `create index effectonce_outbox_held on effectonce_outbox (key, state, seq, topic)
-  where state in ('waiting', 'parked', 'blocked')`,
+  where state not in ('pending', 'delivered')`,
   `create index effectonce_outbox_blocked on effectonce_outbox (key, seq, topic) where state = 'blocked'`,
   `create index effectonce_outbox_until on effectonce_outbox (state, until_ms)
-  where state in ('waiting', 'parked', 'delivered')`,
+  where state not in ('pending', 'blocked')`,
   `create table effectonce_effects (
   scope text not null,
   key text not null,
@@ -645,8 +645,10 @@ export function sqliteStore<Client extends SqliteClient>(client: Client, options
 // ---------------------------------------------------------------------------------------------------------------- outbox
 
 // Conditions in the very words of the partial indexes, or SQLite does not use them (https://sqlite.org/partialindex.html).
-const HELD = "state in ('waiting', 'parked', 'blocked')";
-const UNTIL = "state in ('waiting', 'parked', 'delivered')";
+const quoted = (text: string): string => `'${text.replaceAll("'", "''")}'`;
+// NOT IN, which SQLite does not take for a search of its own, as it does IN: the state that is asked for is to be searched.
+const HELD = "state not in ('pending', 'delivered')";
+const UNTIL = "state not in ('pending', 'blocked')";
 const WAITING = `${UNTIL} and state = 'waiting'`;
 
 interface StoredMessage {
@@ -681,35 +683,44 @@ export function sqliteOutbox(client: SqliteClient, options: SqliteOutboxOptions 
   const topics = options.topics && [...new Set(options.topics)];
   if (topics?.length === 0) throw new RangeError("Cannot read no topics: name one at least, or leave them out for all");
   const { name, prepare, read, write, now } = open(client, options);
-  const mine = topics ? ` and topic in (${topics.map(() => "?").join(", ")})` : "";
-  const given: readonly string[] = topics ?? [];
+  // As literals: the same few texts in many statements.
+  const mine = topics ? ` and topic in (${topics.map(quoted).join(", ")})` : "";
+  /** Whether a message of the same key in one of these states comes before `o`. */
+  const behind = (states: readonly string[]): string => {
+    // One search for each: with two lists SQLite would take the longer one for the index, and walk over what is parked.
+    const before = (state: string) =>
+      `exists (select 1 from effectonce_outbox h where h.key = o.key and h.seq < o.seq
+        and h.${HELD} and h.state = '${state}'${mine})`;
+    return `(o.key is not null and (${states.map(before).join(" or ")}))`;
+  };
+  const columns = "id, topic, key, state, coalesce(reason, '') as reason";
   // value as blob: a plain INSERT may have stored a number, or text, which node:sqlite cuts at U+0000.
-  // seq as text: it may exceed 2^53. A row is behind if one of its key, before it, waits or is set aside.
-  const select = (held: string, extra: string): string => {
-    const columns = `select cast(o.seq as text) as seq, id, topic, key, cast(value as blob) as value, headers, created_at,
-      key is not null and exists (select 1 from effectonce_outbox h where h.key = o.key and h.seq < o.seq
-        and h.${HELD} and h.state in ${held}${mine}) as behind
-      from effectonce_outbox o where state = 'pending'${extra}`;
-    if (!topics) return `${columns} order by o.seq limit ?`;
+  // seq as text: it may exceed 2^53.
+  const select = (states: readonly string[], extra: string): string => {
+    const rows = `select cast(o.seq as text) as seq, id, topic, key, cast(value as blob) as value, headers, created_at,
+      ${behind(states)} as behind from effectonce_outbox o where state = 'pending'${extra}`;
+    if (!topics) return `${rows} order by o.seq limit ?`;
     // A part for each topic, so that each reads its own index only as far as the limit.
-    const parts = topics.map(() => `select * from (${columns} and topic = ? order by o.seq limit ?)`);
+    const parts = topics.map((topic) => `select * from (${rows} and topic = ${quoted(topic)} order by o.seq limit ?)`);
     return `select * from (${parts.join(" union all ")}) order by cast(seq as integer) limit ?`;
   };
   const selectValues = (limit: number, extra: readonly SqliteValue[]): SqliteValue[] =>
-    topics ? [...topics.flatMap((topic) => [...given, ...extra, topic, limit]), limit] : [...extra, limit];
+    topics ? [...topics.flatMap(() => [...extra, limit]), limit] : [...extra, limit];
 
   /** Frees what was held back behind a message of this key, as far as nothing else of the key is in the way. */
   function unblock(key: string | null, onPark: "block" | "skip"): void {
     if (key === null) return;
-    // The first of its key that waits, or is parked: from there on it stays held back.
-    const first = (state: string) =>
-      `coalesce((select min(h.seq) from effectonce_outbox h where h.key = o.key and h.${HELD} and h.state = '${state}'${mine}),
-        9223372036854775807)`;
-    const stop = onPark === "block" ? `min(${first("waiting")}, ${first("parked")})` : first("waiting");
+    const states = onPark === "block" ? ["waiting", "parked"] : ["waiting"];
+    const before = states.map((state) =>
+      ` and seq < coalesce((select min(seq) from effectonce_outbox
+        where key = ? and ${HELD} and state = '${state}'${mine}), 9223372036854775807)`
+    );
     // In portions: each settled message of the key calls this again.
-    prepare(`update effectonce_outbox set state = 'pending' where seq in (
-      select seq from effectonce_outbox o where key = ? and state = 'blocked'${mine} and seq < ${stop}
-      order by seq limit 100)`).run(key, ...given, ...given, ...onPark === "block" ? given : []);
+    prepare(`update effectonce_outbox set state = 'pending' where seq in (select seq from effectonce_outbox
+      where state = 'blocked' and key = ?${mine}${before.join("")} order by seq limit 100)`).run(
+      key,
+      ...states.map(() => key),
+    );
   }
   /** Frees what is held back behind rows that a person deleted, or that this relay lets pass. */
   function freeStranded(onPark: "block" | "skip"): void {
@@ -717,13 +728,11 @@ export function sqliteOutbox(client: SqliteClient, options: SqliteOutboxOptions 
     const next = prepare(
       `select key from effectonce_outbox where state = 'blocked' and key > ?${mine} order by key limit 1`,
     );
-    const stop = onPark === "block" ? "('waiting', 'parked')" : "('waiting')";
-    const held = prepare(`select 1 from effectonce_outbox where key = ? and ${HELD} and state in ${stop}${mine} limit 1`);
     for (let key = "";;) {
-      const found = (next.get(key, ...given) ?? undefined) as { key: string } | undefined;
+      const found = (next.get(key) ?? undefined) as { key: string } | undefined;
       if (!found) break;
       key = found.key;
-      if (!held.get(key, ...given)) unblock(key, onPark);
+      unblock(key, onPark);
     }
   }
   function remove(where: string, ...values: SqliteValue[]): { readonly key: string | null }[] {
@@ -746,22 +755,21 @@ export function sqliteOutbox(client: SqliteClient, options: SqliteOutboxOptions 
   /** When the next waiting message will have waited long enough; those that have are pending again. */
   function nextWait(): number | null {
     const next = prepare(`select until_ms from effectonce_outbox where ${WAITING}${mine} order by until_ms limit 1`)
-      .get(...given) as { until_ms: number } | undefined;
+      .get() as { until_ms: number } | undefined;
     return next ? next.until_ms - now() : null;
   }
   function wake(): void {
-    prepare(`update effectonce_outbox set state = 'pending' where ${WAITING} and until_ms <= ?${mine}`).run(now(), ...given);
+    prepare(`update effectonce_outbox set state = 'pending' where ${WAITING} and until_ms <= ?${mine}`).run(now());
   }
-  const columns = "id, topic, key, state, coalesce(reason, '') as reason";
   function find(id: string): OutboxMessage | undefined {
-    const found = prepare(`select ${columns} from effectonce_outbox where id = ?${mine}`).get(id, ...given);
+    const found = prepare(`select ${columns} from effectonce_outbox where id = ?${mine}`).get(id);
     return found ? { ...found as OutboxMessage } : undefined; // A plain object, whatever the driver makes.
   }
 
   async function openSession(relay: string, protocol: string, onPark: "block" | "skip", leaseMs: number) {
     const instance = crypto.randomUUID();
     const registration = topics ? JSON.stringify(topics.toSorted()) : null;
-    const held = onPark === "block" ? "('waiting', 'parked', 'blocked')" : "('waiting', 'blocked')";
+    const held = onPark === "block" ? ["waiting", "parked", "blocked"] : ["waiting", "blocked"];
     const cache = new Map<string, Batch>();
 
     const registered = () => prepare(`select 1 from effectonce_relays where instance = ?`).get(instance) !== undefined;
@@ -829,9 +837,8 @@ export function sqliteOutbox(client: SqliteClient, options: SqliteOutboxOptions 
     function block(seqs: readonly string[]): void {
       // Looks again: what held them back may be gone since they were read.
       const sql = `update effectonce_outbox as o set state = 'blocked' where seq = cast(? as integer) and state = 'pending'
-        and exists (select 1 from effectonce_outbox h where h.key = o.key and h.seq < o.seq
-          and h.${HELD} and h.state in ${held}${mine})`;
-      for (const seq of seqs) prepare(sql).run(seq, ...given);
+        and ${behind(held)}`;
+      for (const seq of seqs) prepare(sql).run(seq);
     }
     function pendingNow(limits: ReadLimits, extra: string, values: readonly SqliteValue[]): StoredMessage[] {
       for (;;) {
@@ -960,7 +967,7 @@ export function sqliteOutbox(client: SqliteClient, options: SqliteOutboxOptions 
       close: (settled) =>
         write(() => {
           const left = !settled ||
-            prepare(`select 1 from effectonce_outbox where ${HELD}${mine} limit 1`).get(...given) ||
+            prepare(`select 1 from effectonce_outbox where ${HELD}${mine} limit 1`).get() ||
             prepare(`select 1 from effectonce_batches where relay = ? limit 1`).get(relay);
           const sql = left
             ? `update effectonce_relays set until_ms = 0 where instance = ?`
@@ -984,7 +991,7 @@ export function sqliteOutbox(client: SqliteClient, options: SqliteOutboxOptions 
           (select min(created_at) from effectonce_outbox where seq in (
             select min(seq) from effectonce_outbox where state = 'pending'${mine} union all
             select min(+seq) from effectonce_outbox where ${HELD} and state <> 'parked'${mine})) as oldest`)
-          .get(...given, ...given, ...given, ...given, ...given) as {
+          .get() as {
             pending: number;
             parked: number;
             oldest: string | null;
@@ -996,7 +1003,7 @@ export function sqliteOutbox(client: SqliteClient, options: SqliteOutboxOptions 
       read(() => {
         const sql = `select ${columns}, until_ms from effectonce_outbox where ${UNTIL} and state = 'parked'${mine}
           order by until_ms, seq limit ?`;
-        const rows = prepare(sql).all(...given, limit) as (OutboxMessage & { readonly until_ms: number })[];
+        const rows = prepare(sql).all(limit) as (OutboxMessage & { readonly until_ms: number })[];
         return rows.map(({ until_ms, ...message }) => ({ ...message, since: new Date(until_ms) }));
       }),
     find: (id) => read(() => find(id)),
@@ -1009,7 +1016,7 @@ export function sqliteOutbox(client: SqliteClient, options: SqliteOutboxOptions 
     discard: (id) =>
       write(() => {
         const found = find(id);
-        if (!found || found.state === "delivered") return false;
+        if (found?.state !== "parked" && found?.state !== "waiting") return false;
         prepare(`delete from effectonce_outbox where id = ?`).run(id);
         // Whichever topics a relay has: it holds back again what it must.
         prepare(`update effectonce_outbox set state = 'pending' where state = 'blocked' and key = ?`).run(found.key);
@@ -1019,7 +1026,7 @@ export function sqliteOutbox(client: SqliteClient, options: SqliteOutboxOptions 
       write(() =>
         prepare(`delete from effectonce_outbox where seq in (select seq from effectonce_outbox
           where ${UNTIL} and state = 'delivered' and until_ms <= ?${mine}
-          order by until_ms limit ?) returning 1`).all(now() - olderThanMs, ...given, limit).length
+          order by until_ms limit ?) returning 1`).all(now() - olderThanMs, limit).length
       ),
   };
 }
