@@ -293,7 +293,17 @@ async function runRelay(flags: Flags): Promise<number> {
     };
     for (const signal of signals) Deno.addSignalListener(signal, onSignal);
     const drain = flags.on("drain");
-    const show = showRelay({ json: flags.on("json"), messagesOnStdout: sink.name === "stdout", drain, outbox: source });
+    let unread = false;
+    const show = showRelay({
+      json: flags.on("json"),
+      messagesOnStdout: sink.name === "stdout",
+      drain,
+      outbox: source,
+      gone() {
+        unread = true;
+        stop.abort();
+      },
+    });
     let report: RelayReport;
     try {
       report = await relay({
@@ -319,6 +329,7 @@ async function runRelay(flags: Flags): Promise<number> {
       show.end();
       for (const signal of signals) Deno.removeSignalListener(signal, onSignal);
     }
+    if (unread) throw new Error("nobody reads what the relay prints: it has stopped");
     return drain && report.parked + report.uncertain > 0 ? 1 : 0;
   });
 }
@@ -516,26 +527,26 @@ function usage(prefix = ""): string {
 
 /** Runs one command line; answers the exit code: 0 done, 1 failed, 2 usage. */
 export async function main(args: readonly string[]): Promise<number> {
+  const help = (arg: string | undefined) => arg === "--help" || arg === "-h";
   const [first, second] = args;
-  if (first === undefined || first === "help" || first === "--help" || first === "-h") {
-    if (first === "help" && second !== undefined) return await main([...args.slice(1), "--help"]);
-    if (first !== undefined) write(usage());
-    else console.error(usage().trimEnd());
-    return first === undefined ? 2 : 0;
-  }
-  if (first === "effects" && (second === "--help" || second === "-h")) {
-    write(usage("effects "));
-    return 0;
-  }
-  const name = first === "effects" && second !== undefined && !second.startsWith("-") ? `effects ${second}` : first;
+  const name = first === "effects" && second !== undefined && !second.startsWith("-") ? `effects ${second}` : first ?? "";
   const command = Object.hasOwn(COMMANDS, name) ? COMMANDS[name] : undefined;
   try {
+    if (first === undefined) {
+      console.error(usage().trimEnd());
+      return 2;
+    }
+    if (first === "help" && second !== undefined) return await main([...args.slice(1), "--help"]);
+    if (first === "help" || help(first) || first === "effects" && help(second)) {
+      write(usage(first === "effects" ? "effects " : ""));
+      return 0;
+    }
     const rest = args.slice(name.split(" ").length);
     if (!command) {
-      const help = first === "effects" ? "use effects list, show, retry, resolve or discard" : "see: help";
-      throw new UsageError(`there is no command "${name}": ${help}`);
+      const how = first === "effects" ? "use effects list, show, retry, resolve or discard" : "see: help";
+      throw new UsageError(`there is no command "${name}": ${how}`);
     }
-    if (rest.includes("--help") || rest.includes("-h")) {
+    if (rest.some(help)) {
       const words = command.words?.map((word) => ` ${word}`).join("") ?? "";
       write(
         `${name}${words}: ${command.summary}\n\n${

@@ -314,11 +314,11 @@ function open(client: SqliteClient, options: SqliteOptions, checks = true): Data
     }
   }
   /** Says which database it was that has no space left. */
-  async function named<T>(answer: Promise<T>): Promise<T> {
+  async function named<T>(answer: Promise<T>, whose = (error: unknown) => resultCode(error) !== 0): Promise<T> {
     try {
       return await answer;
     } catch (error) {
-      if (resultCode(error) === 0) throw error;
+      if (!whose(error)) throw error;
       throw new Error(`Cannot use ${name}: ${(error as Error).message}`, { cause: error });
     }
   }
@@ -351,17 +351,20 @@ function open(client: SqliteClient, options: SqliteOptions, checks = true): Data
     write: (run) => named(patiently(within("begin immediate", run))),
     alone: (run) => patiently(run),
     transaction: (run) =>
-      patiently(async () => {
-        begin("begin immediate");
-        try {
-          const answer = await run();
-          prepare("commit").run();
-          return answer;
-        } catch (error) {
-          rollback();
-          throw error;
-        }
-      }),
+      named(
+        patiently(async () => {
+          begin("begin immediate");
+          try {
+            const answer = await run();
+            prepare("commit").run();
+            return answer;
+          } catch (error) {
+            rollback();
+            throw error;
+          }
+        }),
+        isOurs,
+      ),
   };
 }
 
@@ -638,7 +641,7 @@ export function sqliteStore<Client extends SqliteClient>(client: Client, options
     },
     positions: ({ relay, source }) =>
       read(() => prepare(`${SELECT_POSITIONS} order by n`).all(relay, source).map((stored) => toPosition(stored))),
-    isDatabaseFailure: isOurs,
+    isDatabaseFailure: (error) => isOurs(error) || error instanceof Error && isOurs(error.cause),
   };
 }
 

@@ -13,6 +13,8 @@ export interface ShowOptions {
   readonly messagesOnStdout: boolean;
   /** Whether the relay stops at the end: there is a whole to be at some part of. */
   readonly drain: boolean;
+  /** Called when nobody reads what is shown any more. */
+  gone(): void;
   /** Asked for what is pending. */
   readonly outbox: Outbox;
 }
@@ -28,16 +30,24 @@ export interface Shown {
 const encoder = new TextEncoder();
 
 /** Makes the observer of a relay that runs in a terminal, or in a script. */
-export function showRelay({ json, messagesOnStdout, drain, outbox }: ShowOptions): Shown {
+export function showRelay({ json, messagesOnStdout, drain, outbox, gone }: ShowOptions): Shown {
   const out = messagesOnStdout ? Deno.stderr : Deno.stdout;
   const live = !json && Deno.stderr.isTerminal();
   const counts = { delivered: 0, parked: 0, uncertain: 0 };
+  let silent = false;
   let before = 0;
   let since = performance.now();
   let timer: ReturnType<typeof setTimeout> | undefined;
   const raw = (stream: { writeSync(bytes: Uint8Array): number }, text: string) => {
+    if (silent) return;
     const bytes = encoder.encode(text);
-    for (let done = 0; done < bytes.length;) done += stream.writeSync(bytes.subarray(done));
+    try {
+      for (let done = 0; done < bytes.length;) done += stream.writeSync(bytes.subarray(done));
+    } catch {
+      // A full disk, or a pipe without a reader, must not leave a call in doubt.
+      silent = true;
+      gone();
+    }
   };
   const clear = () => live && raw(Deno.stderr, "\r\x1b[K");
   const line = (text: string) => {
