@@ -16,7 +16,7 @@ import {
 } from "./mod.ts";
 import { parseLine } from "./adapters/file.ts";
 import { demo } from "./cli/demo.ts";
-import { type Flag, Flags, helpOf, readFlags, UsageError } from "./cli/flags.ts";
+import { type Flag, type Flags, helpOf, readFlags, UsageError } from "./cli/flags.ts";
 import { type Database, openDatabase, openSink, pairs, reason, schemaOf } from "./cli/open.ts";
 import { showRelay } from "./cli/show.ts";
 
@@ -178,9 +178,14 @@ const COMMANDS: Readonly<Record<string, Command>> = {
           const how = `find out, then: effects resolve ${effect.key} --as done, or --as absent`;
           throw new Error(`"${effect.key}" may have happened: ${how}`);
         }
+        if (effect?.state === "done") {
+          const why = parked
+            ? `, and its id cannot be used again: effects discard ${effect.key}`
+            : ": there is nothing to retry";
+          throw new Error(`"${effect.key}" is done${why}`);
+        }
         if (effect?.state === "waiting") await store.resolve(effect, { as: "retry" });
-        else if (effect && effect.state !== "done") await store.resolve(effect, { as: "absent" });
-        else if (!parked) throw new Error(`"${flags.words[0]}" is ${effect?.state}: there is nothing to retry`);
+        else if (effect) await store.resolve(effect, { as: "absent" });
         await outbox.release(flags.words[0]!);
         print(flags, { key: flags.words[0]!, retried: true }, `"${flags.words[0]}" will be sent anew`);
       }),
@@ -284,7 +289,7 @@ const COMMANDS: Readonly<Record<string, Command>> = {
 // -------------------------------------------------------------------------------------------------------------- commands
 
 async function runRelay(flags: Flags): Promise<number> {
-  return await withEnds(flags, async ({ source, sink, store }) => {
+  return await withEnds(flags, async ({ source, sink, store, databases }) => {
     const stop = new AbortController();
     const signals: readonly Deno.Signal[] = Deno.build.os === "windows" ? ["SIGINT"] : ["SIGINT", "SIGTERM"];
     const onSignal = () => {
@@ -299,6 +304,7 @@ async function runRelay(flags: Flags): Promise<number> {
       messagesOnStdout: sink.name === "stdout",
       drain,
       outbox: source,
+      advice: `--store ${databases.at(-1)!.name}`,
       gone() {
         unread = true;
         stop.abort();

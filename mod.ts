@@ -1985,7 +1985,8 @@ async function deliverClaimed(
         for (const message of read.messages) {
           if (inHand.has(message.id)) continue;
           const key = message.key === null ? `i${message.id}` : `k${message.key}`;
-          if (stale ||= gone.has(message.id) || heldBack.has(key)) continue;
+          stale ||= gone.has(message.id) || heldBack.has(key);
+          if (stale) continue;
           inHand.add(message.id);
           const lane = lanes.get(key) ?? { messages: [], readyAt: 0, running: false };
           lane.messages.push(message);

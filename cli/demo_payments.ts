@@ -13,7 +13,7 @@ if (import.meta.main) {
   const say = (what: string) => console.log(what); // Whoever started the service may act on it.
   const pause = (ms: number) => new Promise((resolve) => setTimeout(resolve, ms));
 
-  async function charge(request: Request): Promise<Response> {
+  const charge = async (request: Request): Promise<Response> => {
     const { order, amount } = await request.json() as { order: string; amount: number };
     const key = request.headers.get("idempotency-key") ?? "";
     say(`received ${order}`);
@@ -28,7 +28,7 @@ if (import.meta.main) {
     await pause(20);
     say(`answered ${order}`);
     return Response.json({ id: charged.get(key) });
-  }
+  };
 
   Deno.serve({
     hostname: "127.0.0.1",

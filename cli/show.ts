@@ -13,6 +13,8 @@ export interface ShowOptions {
   readonly messagesOnStdout: boolean;
   /** Whether the relay stops at the end: there is a whole to be at some part of. */
   readonly drain: boolean;
+  /** The flags with which `effects` finds what is parked or in doubt. */
+  readonly advice: string;
   /** Called when nobody reads what is shown any more. */
   gone(): void;
   /** Asked for what is pending. */
@@ -30,7 +32,7 @@ export interface Shown {
 const encoder = new TextEncoder();
 
 /** Makes the observer of a relay that runs in a terminal, or in a script. */
-export function showRelay({ json, messagesOnStdout, drain, outbox, gone }: ShowOptions): Shown {
+export function showRelay({ json, messagesOnStdout, drain, outbox, advice, gone }: ShowOptions): Shown {
   const out = messagesOnStdout ? Deno.stderr : Deno.stdout;
   const live = !json && Deno.stderr.isTerminal();
   const counts = { delivered: 0, parked: 0, uncertain: 0 };
@@ -92,6 +94,8 @@ export function showRelay({ json, messagesOnStdout, drain, outbox, gone }: ShowO
         break;
       case "stopped":
         line(`stopped: ${event.delivered} delivered, ${event.parked} parked, ${event.uncertain} in doubt`);
+        if (event.uncertain > 0) line(`find out what became of them: effects list ${advice} --state uncertain`);
+        if (event.parked > 0) line(`see why, then effects retry or discard them: effects list ${advice} --state parked`);
         break;
     }
   }

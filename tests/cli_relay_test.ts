@@ -412,7 +412,7 @@ async function killedBox(target: Target, ...more: string[]): Promise<Box> {
   const at = await box();
   target.answer = (_, nth) => nth === 1 && target.keys().length === 1 ? target.hold() : new Response("paid");
   await at.enqueue(...["1", "2"].map((id) => ({ id, key: "k", value: Number(id) })));
-  const running = at.start(relayTo(target.url, "--lease-ms", "50", ...more));
+  const running = at.start(relayTo(target.url, "--lease-ms", "300", ...more));
   await until(() => target.keys().length === 1);
   assertEquals((await running.stop("SIGKILL")).code, 137);
   const over = `select max(until_ms) as until from effectonce_effects`;

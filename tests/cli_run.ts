@@ -273,7 +273,9 @@ export class Target implements AsyncDisposable {
   /** Never answers. */
   hold(): Promise<Response> {
     return new Promise((resolve) => {
-      this.over.signal.addEventListener("abort", () => resolve(new Response(null, { status: 500 })));
+      const end = () => resolve(new Response(null, { status: 500 }));
+      if (this.over.signal.aborted) end();
+      else this.over.signal.addEventListener("abort", end);
     });
   }
   async [Symbol.asyncDispose](): Promise<void> {
@@ -325,7 +327,12 @@ export function deadUrl(): string {
 
 /** Waits for a condition of the test's own process, without a guess how long it takes. */
 export async function until(condition: () => boolean): Promise<void> {
-  while (!condition()) await new Promise((resolve) => setTimeout(resolve, 5));
+  const start = performance.now();
+  while (!condition()) {
+    // Far longer than it ever takes: a test that fails is better than one that hangs.
+    if (performance.now() - start > 20_000) throw new Error(`Not within 20 s: ${condition}`);
+    await new Promise((resolve) => setTimeout(resolve, 5));
+  }
 }
 
 /** A version 4 UUID. */
