@@ -363,6 +363,15 @@ async function statOf(path: string): Promise<Deno.FileInfo | null> {
   }
 }
 
+/**
+ * Closes a file and ends its lock. Closing alone would leave the lock with a child process that was forked meanwhile, until it
+ * executes its program. https://man7.org/linux/man-pages/man2/flock.2.html
+ */
+async function release(file: Deno.FsFile): Promise<void> {
+  await file.unlock().catch(() => {});
+  file.close();
+}
+
 /** Errors that no waiting heals. */
 const HOPELESS = [
   Deno.errors.NotFound,
@@ -397,10 +406,10 @@ async function acquire(path: string, name: string) {
       }
       // Its last owner removed it between our open and our lock: that lock keeps nobody out.
     } catch (error) {
-      file.close();
+      await release(file);
       throw error;
     }
-    file.close();
+    await release(file);
   }
 }
 
@@ -445,7 +454,7 @@ export function fileSink(path: string): AtomicSink {
       try {
         return await openSession(path, name, owner, acquired);
       } catch (error) {
-        acquired.file.close();
+        await release(acquired.file);
         throw error;
       }
     },
@@ -532,7 +541,7 @@ async function openSession(
       } catch {
         // An empty file stays behind: it does no harm.
       }
-      file.close(); // Ends the lock.
+      await release(file);
     },
   };
 }

@@ -297,6 +297,8 @@ const USAGE: readonly (readonly [args: readonly string[], ...says: (string | Reg
   [["init", "--store", "sqlite://host/app.db"], "--store", "no file"],
   [["init", "--store", "sqlite:new.db?driver=foo"], "--store", "driver=foo", "better-sqlite3 or node"],
   [["init", "--store", "sqlite:new.db?driver="], "--store", "better-sqlite3 or node"],
+  [["init", "--store", "sqlite:new.db?driver=constructor"], "--store", "driver=constructor", "better-sqlite3 or node"],
+  [["init", "--store", "sqlite:new.db?driver=node&driver=foo"], "--store", "driver"],
   [["init", "--store", "sqlite:new.db?mode=ro"], "--store", `"mode"`, "driver"],
   [drainTo("stdout:", "--store", "sqlite:app.db?x=1"), "--store", `"x"`],
   [["relay", "--from", "sqlite:app.db?x=1", "--to", "stdout:"], "--from", `"x"`],
