@@ -153,18 +153,25 @@ const COMMANDS: Readonly<Record<string, Command>> = {
     flags: { store: STORE, from: OUTBOX, scope: SCOPE, json: JSON_OUT },
     example: "effects show order-1 --store sqlite:app.db",
     run: (flags) =>
-      withEffect(flags, (effect, _, parked) => {
+      withEffect(flags, async (effect, _, parked, outbox) => {
         const shown = effect ? record(effect) : {};
+        const message = await outbox.find(flags.words[0]!);
+        const { state, topic, key } = message ?? {};
         print(
           flags,
-          { ...shown, ...effect && { result: effect.result, evidence: effect.evidence }, parked: parked ?? null },
+          {
+            ...shown,
+            ...effect && { result: effect.result, evidence: effect.evidence },
+            parked: parked ?? null,
+            message: message ? { state, topic, key } : null,
+          },
           [
             ...effect ? Object.entries({ ...shown, result: JSON.stringify(effect.result) }) : [],
             ...effect?.evidence ? [["evidence", JSON.stringify(effect.evidence)]] : [],
+            ["message", message ? `${state}, topic ${topic}${key === null ? "" : `, key ${key}`}` : "not in the outbox"],
             ["parked", parked ?? "no"],
           ].map(([name, value]) => `${String(name).padEnd(9)} ${value}`).join("\n"),
         );
-        return Promise.resolve();
       }),
   },
   "effects retry": {
@@ -294,6 +301,7 @@ async function runRelay(flags: Flags): Promise<number> {
     const signals: readonly Deno.Signal[] = Deno.build.os === "windows" ? ["SIGINT"] : ["SIGINT", "SIGTERM"];
     const onSignal = () => {
       if (stop.signal.aborted) Deno.exit(130); // Asked twice: the effect under way stays in doubt.
+      if (Deno.stderr.isTerminal()) console.error("finishing the calls under way; once more leaves them in doubt");
       stop.abort();
     };
     for (const signal of signals) Deno.addSignalListener(signal, onSignal);
@@ -368,6 +376,9 @@ interface Ends {
 async function withEnds(flags: Flags, run: (ends: Ends) => Promise<number>): Promise<number> {
   const [min, max] = [flags.number("min-retry-ms") ?? 200, flags.number("max-retry-ms") ?? 60_000];
   if (min > max) throw new UsageError(`--min-retry-ms must be at most --max-retry-ms, which is ${max}`);
+  if (flags.on("allow-duplicates") && (flags.text("store") !== undefined || flags.on("idempotent"))) {
+    throw new UsageError("--allow-duplicates makes no claims: it excludes --store and --idempotent");
+  }
   const topics = flags.text("topics")?.split(",").map((topic) => topic.trim());
   if (topics?.includes("")) throw new UsageError("--topics must be names with commas between them");
   const from = flags.given("from");

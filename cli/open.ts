@@ -93,7 +93,8 @@ export async function openDatabase(flag: string, url: string, create = false): P
   }
   onlyParameters(flag, "sqlite", parameters, ["driver"]);
   const driver = parameters.get("driver") ?? "better-sqlite3";
-  const connect = DRIVERS[driver];
+  if (parameters.getAll("driver").length > 1) throw new UsageError(`--${flag}: driver is given twice`);
+  const connect = Object.hasOwn(DRIVERS, driver) ? DRIVERS[driver] : undefined;
   if (!connect) throw new UsageError(`--${flag}: driver=${driver} is not known: use ${Object.keys(DRIVERS).join(" or ")}`);
   if (path === "" || path === ":memory:" || path.startsWith("//")) {
     throw new UsageError(`--${flag}: "${url}" names no file: write sqlite:app.db or sqlite:/folder/app.db`);
@@ -137,7 +138,7 @@ export async function openDatabase(flag: string, url: string, create = false): P
         {
           what: `${name} lets readers and a writer work at once`,
           ok: journal === "wal",
-          found: `journal_mode = ${journal}`,
+          found: `journal_mode = ${journal}${journal === "wal" ? "" : " (init --store sets it)"}`,
         },
       ];
     },
@@ -160,6 +161,10 @@ export function openSink(url: string, flags: Flags): CallSink | AtomicSink {
     case "https": {
       if (flags.number("dedupe-window-ms") !== undefined && !flags.on("idempotent")) {
         throw new UsageError("--dedupe-window-ms needs --idempotent: it says how long the target remembers a key");
+      }
+      if (!rest.startsWith("//")) throw new UsageError(`--to: write ${scheme}://host/path`);
+      if (flags.number("settle-ms") !== undefined && flags.text("reconcile") === undefined) {
+        throw new UsageError("--settle-ms needs --reconcile: it says how long after an attempt to ask");
       }
       const headers = pairs("header-to", flags.list("header-to"), fromEnvironment);
       const reconcile = flags.text("reconcile");

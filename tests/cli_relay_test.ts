@@ -260,7 +260,14 @@ Deno.test("a doubt, found out to be done: not sent again, its result kept, what 
   assertMatch(String(since), INSTANT);
   const error = `POST ${target.url} answered 500, so it is not known whether it happened: why`;
   const state = { scope: "default", key: "1", state: "uncertain", attempts: 1 };
-  assertEquals(shown, { ...state, error, result: null, evidence: null, parked: error });
+  assertEquals(shown, {
+    ...state,
+    error,
+    result: null,
+    evidence: null,
+    parked: error,
+    message: { state: "parked", topic: "orders", key: "k" },
+  });
   const people = await at.ok(["effects", "show", "1", "--store", DB]);
   assertSays(people, [
     /^scope +default$/m,
@@ -269,6 +276,7 @@ Deno.test("a doubt, found out to be done: not sent again, its result kept, what 
     /^attempts +1$/m,
     /^error +POST/m,
     /^parked +POST/m,
+    /^message +parked, topic orders, key k$/m,
   ]);
   assertSays(await at.ok(["effects", "list", "--store", DB]), [/^uncertain +default +1 +1 attempts? +/]);
   const parked = await listOf(at, "--state", "parked");
