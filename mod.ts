@@ -108,8 +108,8 @@ function integer(name: string, value: number, min: number, max: number = Number.
 
 // --------------------------------------------------------------------------------------------------------------- messages
 
-/** One message, as a source hands it out. */
-export interface Message {
+/** What a message consists of. */
+export interface MessageFields {
   /** Unique in its source; the idempotency key of its effect. */
   readonly id: string;
   /** What kind of message it is: the Kafka topic, or what takes its place. */
@@ -122,6 +122,10 @@ export interface Message {
   readonly headers: Readonly<Record<string, string>>;
   /** When it was enqueued. */
   readonly time: Date;
+}
+
+/** One message, as a source hands it out. */
+export interface Message extends MessageFields {
   /**
    * The value, parsed as JSON; a tombstone is null.
    *
@@ -156,22 +160,6 @@ export interface NewMessage {
   readonly value: Json | Uint8Array;
   /** Names and texts. A value given as JSON adds `content-type: application/json` where there is none. */
   readonly headers?: Readonly<Record<string, string>>;
-}
-
-/** What a message consists of: what an adapter reads and writes. */
-export interface MessageFields {
-  /** See {@linkcode Message.id}. */
-  readonly id: string;
-  /** See {@linkcode Message.topic}. */
-  readonly topic: string;
-  /** See {@linkcode Message.key}. */
-  readonly key: string | null;
-  /** See {@linkcode Message.value}. */
-  readonly value: Uint8Array | null;
-  /** See {@linkcode Message.headers}. */
-  readonly headers: Readonly<Record<string, string>>;
-  /** See {@linkcode Message.time}. */
-  readonly time: Date;
 }
 
 const encoder = new TextEncoder();
@@ -1846,7 +1834,7 @@ async function deliverClaimed(
 
   async function reconcile(message: Message, claim: Claim & { state: "uncertain" }): Promise<Next> {
     const key = { scope: relay, key: message.id };
-    if (!sink.reconcile) return await setAside(message, "in doubt: it was sent, and the outcome is not known", true);
+    if (!sink.reconcile) return await setAside(message, "its call was interrupted, and the outcome is not known", true);
     if (claim.ageMs < o.settleMs) {
       await park({ message, reason: "in doubt: the target will be asked", retryMs: o.settleMs - claim.ageMs });
       return "held";
