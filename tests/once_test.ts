@@ -225,11 +225,12 @@ Deno.test("once() completes an effect whose result cannot be kept, and says so",
 Deno.test("once() renews its lease while the effect runs", async () => {
   const { run, store, clock } = world();
   const rivals: string[] = [];
-  const slow = async () => {
+  const slow = async ({ signal }: Attempt<Json>) => {
     for (let i = 0; i < 10; i++) {
       await clock.sleep(20_000);
       rivals.push((await store.claim(KEY, { leaseMs: 1_000 })).state);
     }
+    assert(!signal.aborted, "The signal fired although the lease was renewed");
     return "paid";
   };
   assertEquals(await run(slow, { leaseMs: 30_000 }), "paid");
