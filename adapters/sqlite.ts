@@ -647,8 +647,8 @@ export function sqliteStore<Client extends SqliteClient>(client: Client, options
 
 // ---------------------------------------------------------------------------------------------------------------- outbox
 
-// Conditions in the very words of the partial indexes, or SQLite does not use them (https://sqlite.org/partialindex.html).
 const quoted = (text: string): string => `'${text.replaceAll("'", "''")}'`;
+// Conditions in the very words of the partial indexes, or SQLite does not use them (https://sqlite.org/partialindex.html).
 // NOT IN, which SQLite does not take for a search of its own, as it does IN: the state that is asked for is to be searched.
 const HELD = "state not in ('pending', 'delivered')";
 const UNTIL = "state not in ('pending', 'blocked')";

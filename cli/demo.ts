@@ -15,7 +15,8 @@ export interface DemoOptions {
   write(text: string): void;
 }
 
-interface Run {
+/** What a run came to: a count of orders each, but for `kills`. */
+export interface Run {
   readonly name: string;
   readonly orders: number;
   readonly chargedOnce: number;

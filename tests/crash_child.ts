@@ -29,29 +29,12 @@ export interface Plan {
   readonly deaf?: boolean;
 }
 
+const CALLS = ["source.open", "source.read", "store.claimAll", "sink.deliver", "store.completeAll", "source.settle"];
+
 /** Every step of each protocol that touches one of the systems. */
 export const STEPS: Readonly<Record<Plan["kind"], readonly string[]>> = {
-  "http": [
-    "source.open",
-    "source.read",
-    "store.claimAll",
-    "sink.deliver",
-    "store.completeAll",
-    "source.settle",
-    "source.close",
-  ],
-  "http-idempotent": [
-    ...[
-      "source.open",
-      "source.read",
-      "store.claimAll",
-      "sink.deliver",
-      "store.completeAll",
-      "source.settle",
-      "source.close",
-    ],
-    ...["store.fail", "source.park"],
-  ],
+  "http": [...CALLS, "source.close"],
+  "http-idempotent": [...CALLS, "source.close", "store.fail", "source.park"],
   "plain": ["sink.deliver"],
   "file": [
     ...["source.open", "source.settled", "sink.open", "source.seal", "sink.commit", "sink.close", "source.close"],

@@ -1,14 +1,5 @@
 import { assert, assertEquals } from "@std/assert";
-
-interface Run {
-  readonly name: string;
-  readonly orders: number;
-  readonly chargedOnce: number;
-  readonly chargedTwice: number;
-  readonly lost: number;
-  readonly uncertain: number;
-  readonly kills: number;
-}
+import type { Run } from "../cli/demo.ts";
 
 /** Runs the demo with a temporary folder of its own; answers what it left there as well. */
 async function demo(...args: string[]) {
