@@ -3,7 +3,7 @@
  * no runner inside, and nothing that only one runtime has.
  *
  * ```ts
- * import { memoryStore } from "@effectonce/effectonce";
+ * import { memoryStore } from "@effectonce/effectonce/memory";
  * import { storeCases, type StoreHarness } from "@effectonce/effectonce/conformance";
  *
  * const harness: StoreHarness = {
@@ -31,7 +31,6 @@ import {
   type AttemptFailure,
   type Batch,
   type CallSink,
-  chainText,
   type Claim,
   type ClaimOptions,
   type ClaimStore,
@@ -46,11 +45,8 @@ import {
   handler as realHandler,
   type HandlerOptions,
   type Json,
-  memoryOutbox,
-  memoryStore,
   type Message,
   type NewMessage,
-  type OutboxOptions,
   type Position,
   type PositionOwner,
   type ReadLimits,
@@ -65,6 +61,8 @@ import {
   type SourceSession,
   START,
 } from "./mod.ts";
+import { memoryOutbox, memoryStore } from "./adapters/memory.ts";
+import { chainText, type OutboxOptions } from "./adapters/shared.ts";
 
 /** One requirement. */
 export interface Case<H> {

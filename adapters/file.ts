@@ -6,7 +6,8 @@
  * "bytes":…,"sha256":…,"source":…,"relay":…}}`, and the file begins with one for batch 0. Readers skip them.
  *
  * ```ts
- * import { memoryOutbox, memoryStore, relay } from "@effectonce/effectonce";
+ * import { relay } from "@effectonce/effectonce";
+ * import { memoryOutbox, memoryStore } from "@effectonce/effectonce/memory";
  * import { fileSink, parseLine } from "@effectonce/effectonce/file";
  * import { deepEqual } from "node:assert/strict";
  *
@@ -27,8 +28,6 @@ import {
   type AtomicSession,
   type AtomicSink,
   type CallSink,
-  chainText,
-  checkAdvance,
   EffectError,
   type Json,
   type Message,
@@ -39,6 +38,7 @@ import {
   rejected,
   START,
 } from "../mod.ts";
+import { chainText, checkAdvance } from "./shared.ts";
 
 const encoder = new TextEncoder();
 const utf8 = new TextDecoder("utf-8", { fatal: true, ignoreBOM: true });

@@ -2,7 +2,8 @@
  * Delivers messages to an HTTP endpoint: one request a message, with an `Idempotency-Key` and as a CloudEvent in binary mode.
  *
  * ```ts
- * import { memoryOutbox, memoryStore, relay } from "@effectonce/effectonce";
+ * import { relay } from "@effectonce/effectonce";
+ * import { memoryOutbox, memoryStore } from "@effectonce/effectonce/memory";
  * import { httpSink, type HttpSinkOptions } from "@effectonce/effectonce/http";
  * import { deepEqual } from "node:assert/strict";
  *

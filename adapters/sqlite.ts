@@ -3,7 +3,8 @@
  *
  * ```ts
  * import { DatabaseSync } from "node:sqlite";
- * import { memorySink, relay } from "@effectonce/effectonce";
+ * import { relay } from "@effectonce/effectonce";
+ * import { memorySink } from "@effectonce/effectonce/memory";
  * import { migrateSqlite, sqliteOutbox, sqliteStore } from "@effectonce/effectonce/sqlite";
  * import { equal } from "node:assert/strict";
  *
@@ -23,16 +24,11 @@
 // Synchronous, since no await may come between BEGIN and COMMIT: a relay paused there would keep every writer out.
 import { createHash } from "node:crypto";
 import {
-  alreadyEnqueued,
   type Batch,
-  chainText,
-  checkAdvance,
   checkKey,
   type Claim,
   claimStore,
-  createGuard,
   createMessage,
-  createTurns,
   EffectError,
   type EffectRow,
   type EffectState,
@@ -42,25 +38,32 @@ import {
   encodeRequest,
   encodeResult,
   type Message,
-  notClaimed,
   type Outbox,
   type OutboxMessage,
-  type OutboxOptions,
-  overlapping,
   type Park,
   type Position,
   type ReadLimits,
   realRuntime,
   type RunSql,
+  type SourceSession,
+  START,
+  transactionStep,
+} from "../mod.ts";
+import {
+  alreadyEnqueued,
+  chainText,
+  checkAdvance,
+  createGuard,
+  createTurns,
+  notClaimed,
+  type OutboxOptions,
+  overlapping,
   settledShard,
   settlePlan,
   type Shard,
-  type SourceSession,
-  START,
   type TransactionGuard,
-  transactionStep,
   type Turns,
-} from "../mod.ts";
+} from "./shared.ts";
 
 /** What SQLite stores. */
 export type SqliteValue = null | number | bigint | string | Uint8Array;

@@ -34,9 +34,6 @@ import {
   type EffectStore,
   type EffectTransaction,
   handler,
-  memoryOutbox,
-  type MemoryStore,
-  memoryStore,
   type Message,
   type Position,
   realRuntime,
@@ -49,6 +46,7 @@ import {
   type SourceSession,
   START,
 } from "../mod.ts";
+import { memoryOutbox, type MemoryStore, memoryStore } from "../adapters/memory.ts";
 
 /** Makes the tests of one list: each case must fail on its broken implementation, and say what it expected. */
 function notices<H, F>(

@@ -4,14 +4,10 @@ import {
   type AtomicSession,
   type AtomicSink,
   type Batch,
-  chainText,
   createMessage,
   EffectError,
   encodeMessage,
   type Json,
-  memoryOutbox,
-  type MemoryStore,
-  memoryStore,
   type Message,
   type NewMessage,
   type PositionOwner,
@@ -19,6 +15,8 @@ import {
   type RelayEvent,
   START,
 } from "../mod.ts";
+import { memoryOutbox, type MemoryStore, memoryStore } from "../adapters/memory.ts";
+import { chainText } from "../adapters/shared.ts";
 import { fileSink, formatLine, parseLine, stdoutSink } from "../adapters/file.ts";
 
 const OWNER: PositionOwner = { relay: "orders", source: "outbox-1" };
@@ -941,7 +939,8 @@ Deno.test("stdoutSink rejects what could not be written, and goes on", async () 
 
 Deno.test("stdoutSink writes to the process's own output, completely, under a relay", async () => {
   const code = `
-    import { memoryOutbox, memoryStore, relay } from ${JSON.stringify(import.meta.resolve("../mod.ts"))};
+    import { relay } from ${JSON.stringify(import.meta.resolve("../mod.ts"))};
+    import { memoryOutbox, memoryStore } from ${JSON.stringify(import.meta.resolve("../adapters/memory.ts"))};
     import { stdoutSink } from ${JSON.stringify(import.meta.resolve("../adapters/file.ts"))};
     const store = memoryStore();
     for (let i = 0; i < 20; i++) await store.enqueue({ id: String(i), topic: "t", value: String(i).repeat(100_000) });

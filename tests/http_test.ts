@@ -11,8 +11,6 @@ import {
   type CallSink,
   createMessage,
   type Json,
-  memoryOutbox,
-  memoryStore,
   type Message,
   type MessageFields,
   type NewMessage,
@@ -20,6 +18,7 @@ import {
   type RelayEvent,
   type RelayOptions,
 } from "@effectonce/effectonce";
+import { memoryOutbox, memoryStore } from "@effectonce/effectonce/memory";
 import { httpSink, type HttpSinkOptions } from "@effectonce/effectonce/http";
 
 /** Deno 2.9 looks for leaks only when told to: what is left of a request here would be left of every message. */

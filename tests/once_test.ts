@@ -5,13 +5,13 @@ import {
   type EffectError,
   type EffectEvent,
   type Json,
-  memoryStore,
   once,
   type OnceOptions,
   rejected,
   retryable,
   type Runtime,
 } from "../mod.ts";
+import { memoryStore } from "../adapters/memory.ts";
 
 /** Time passes only when everybody waits for it. */
 class Clock implements Runtime {

@@ -16,14 +16,12 @@ import {
   createMessage,
   type EffectStore,
   handler,
-  memoryOutbox,
-  memorySink,
-  memoryStore,
   type Message,
   type NewMessage,
   relay,
   type SourceOptions,
 } from "../mod.ts";
+import { memoryOutbox, memorySink, memoryStore } from "../adapters/memory.ts";
 
 type Client = SqliteClient & { exec(sql: string): unknown; close(): unknown };
 type Driver = (path: string) => Client;

@@ -11,7 +11,8 @@ import {
   type SqliteValue,
 } from "../adapters/sqlite.ts";
 import { storeCases, type StoreHarness } from "../conformance.ts";
-import { EffectError, type EffectStore, memoryStore, once, realRuntime, type RunSql } from "../mod.ts";
+import { EffectError, type EffectStore, once, realRuntime, type RunSql } from "../mod.ts";
+import { memoryStore } from "../adapters/memory.ts";
 
 type Client = SqliteClient & { exec(sql: string): unknown; close(): unknown };
 type Driver = (path: string) => Client;
