@@ -34,11 +34,12 @@ import {
   type Message,
   type MessageFields,
   type NewMessage,
+  type Outbox,
+  type OutboxMessage,
   type Park,
   type Position,
   type ReadLimits,
   type Runtime,
-  type Source,
   START,
   transactionStep,
 } from "../mod.ts";
@@ -85,10 +86,21 @@ interface MemoryState {
 
 interface Memory {
   state: MemoryState;
+  /** That of the relay which opened the outbox last. */
+  onPark: "block" | "skip";
   readonly turns: <T>(run: () => T | Promise<T>) => Promise<T>;
   readonly now: () => number;
   readonly sessions: Set<{ readonly relay: string; readonly topics: readonly string[] | undefined }>;
 }
+
+/** Rows are never changed, only replaced. */
+const copyOf = ({ effects, outbox, shards, positions, seq }: MemoryState): MemoryState => ({
+  effects: new Map(effects),
+  outbox: new Map(outbox),
+  shards: new Map(shards),
+  positions: new Map(positions),
+  seq,
+});
 
 const memories = new WeakMap<object, Memory>();
 const NAME = "memory";
@@ -122,6 +134,8 @@ export interface MemoryStore extends EffectStore<null> {
     readonly state: "pending" | "waiting" | "parked";
     readonly reason: string | null;
   })[];
+  /** Keeps the present content; the function that comes back restores it, as a failover or a backup does. */
+  snapshot(): () => Promise<void>;
 }
 
 /** A store in memory, with an outbox ({@linkcode memoryOutbox}): for unit tests; it keeps nothing. */
@@ -130,6 +144,7 @@ export function memoryStore(options: MemoryStoreOptions = {}): MemoryStore {
   const turns = createTurns(NAME, runtime);
   const memory: Memory = {
     state: { effects: new Map(), outbox: new Map(), shards: new Map(), positions: new Map(), seq: 0 },
+    onPark: "block",
     turns: (run) => turns(5_000, run),
     now: () => now(),
     sessions: new Set(),
@@ -137,14 +152,7 @@ export function memoryStore(options: MemoryStoreOptions = {}): MemoryStore {
   /** Runs on a copy that takes the state's place only at the end. */
   const transact = <T>(run: (draft: MemoryState) => T | Promise<T>): Promise<T> =>
     memory.turns(async () => {
-      const { effects, outbox, shards, positions, seq } = memory.state;
-      const draft = {
-        effects: new Map(effects),
-        outbox: new Map(outbox),
-        shards: new Map(shards),
-        positions: new Map(positions),
-        seq,
-      };
+      const draft = copyOf(memory.state);
       const answer = await run(draft);
       memory.state = draft;
       return answer;
@@ -246,13 +254,17 @@ export function memoryStore(options: MemoryStoreOptions = {}): MemoryStore {
     isDatabaseFailure: () => false,
     enqueue: (...messages) => transact((draft) => handle(draft).effects.enqueue(...messages)),
     outbox: () => memory.state.outbox.values().toArray(),
+    snapshot() {
+      const kept = copyOf(memory.state);
+      return () => memory.turns(() => void (memory.state = copyOf(kept)));
+    },
   };
   memories.set(store, memory);
   return store;
 }
 
-/** The outbox of a {@linkcode memoryStore} as a source. */
-export function memoryOutbox(store: MemoryStore, options: OutboxOptions = {}): Source {
+/** The outbox of a {@linkcode memoryStore} as a source, for the relays and for operators. */
+export function memoryOutbox(store: MemoryStore, options: OutboxOptions = {}): Outbox {
   const { topics } = options;
   if (topics?.length === 0) throw new RangeError("Cannot read no topics: name one at least, or leave them out for all");
   const memory = memories.get(store);
@@ -260,15 +272,57 @@ export function memoryOutbox(store: MemoryStore, options: OutboxOptions = {}): S
   const { turns, now } = memory;
   const toMessage = (row: MemoryRow): Message => createMessage(row);
   const find = (id: string) => memory.state.outbox.values().find((row) => row.id === id);
+  const mine = () => memory.state.outbox.values().filter(({ topic }) => !topics || topics.includes(topic)).toArray();
+  const mineBy = (id: string) => mine().find((row) => row.id === id);
+  const heldBack = (row: MemoryRow) =>
+    row.state === "pending" && row.key !== null &&
+    mine().some(({ key, seq, state }) =>
+      key === row.key && seq < row.seq && (state === "waiting" || state === "parked" && memory.onPark === "block")
+    );
+  const shown = (row: MemoryRow): OutboxMessage => {
+    const { id, topic, key, reason } = row;
+    return { id, topic, key, state: heldBack(row) ? "blocked" : row.state, reason: reason ?? "" };
+  };
   return {
     name: NAME,
     seals: true,
+    status: () =>
+      turns(() => {
+        const rows = mine();
+        const pending = rows.filter(({ state }) => state !== "parked");
+        const oldestMs = pending.length > 0 ? Math.max(0, now() - pending[0]!.time.getTime()) : null;
+        return { pending: pending.length, parked: rows.length - pending.length, oldestMs };
+      }),
+    parked: (limit = 1000) =>
+      turns(() =>
+        mine().filter(({ state }) => state === "parked").sort((a, b) => a.untilMs - b.untilMs || a.seq - b.seq)
+          .slice(0, limit).map((row) => ({ ...shown(row), since: new Date(row.untilMs) }))
+      ),
+    find: (id) =>
+      turns(() => {
+        const row = mineBy(id);
+        return row && shown(row);
+      }),
+    release: (id) =>
+      turns(() => {
+        const row = mineBy(id);
+        if (!row || row.state === "pending") return false;
+        memory.state.outbox.set(row.seq, { ...row, state: "pending", reason: null });
+        return true;
+      }),
+    discard: (id) =>
+      turns(() => {
+        const row = mineBy(id);
+        return row !== undefined && row.state !== "pending" && memory.state.outbox.delete(row.seq);
+      }),
+    prune: () => Promise.resolve(0),
     // deno-lint-ignore require-await -- what throws here must reject
     async open({ relay, onPark }) {
       for (const other of memory.sessions) {
         const shared = !topics || !other.topics || topics.some((topic) => other.topics!.includes(topic));
         if (other.relay !== relay && shared) throw overlapping(NAME, other.relay, relay, topics);
       }
+      memory.onPark = onPark;
       const session = { relay, topics };
       memory.sessions.add(session);
       const shard = () => memory.state.shards.get(relay) ?? { ...settledShard(START), batches: [] };
