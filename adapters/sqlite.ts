@@ -1,5 +1,6 @@
 /**
- * Claims, outbox and positions in SQLite, on a client that is open already: better-sqlite3 and `node:sqlite` both fit.
+ * Claims, outbox and positions in SQLite, on a client that is open already: better-sqlite3, `node:sqlite` and `bun:sqlite`
+ * fit.
  *
  * ```ts
  * import { DatabaseSync } from "node:sqlite";
@@ -68,19 +69,28 @@ import {
 /** What SQLite stores. */
 export type SqliteValue = null | number | bigint | string | Uint8Array;
 
-/** What this adapter calls of a prepared statement. */
+/** What this adapter calls of a prepared statement. It binds values of {@linkcode SqliteValue}. */
 export interface SqliteStatement {
+  // Of unknown: by the types of better-sqlite3 null cannot be bound.
   /** Runs a statement that returns no rows. */
-  run(...values: SqliteValue[]): unknown;
-  /** The first row. */
-  get(...values: SqliteValue[]): unknown;
+  run(...values: unknown[]): unknown;
+  /** The first row; without one undefined, or null as of `bun:sqlite`. */
+  get(...values: unknown[]): unknown;
   /** All rows. */
-  all(...values: SqliteValue[]): unknown[];
+  all(...values: unknown[]): unknown[];
   /** The rows, one by one. */
+  iterate(...values: unknown[]): Iterable<unknown>;
+}
+
+/** The same, for what this file binds. */
+interface Statement extends SqliteStatement {
+  run(...values: SqliteValue[]): unknown;
+  get(...values: SqliteValue[]): unknown;
+  all(...values: SqliteValue[]): unknown[];
   iterate(...values: SqliteValue[]): Iterable<unknown>;
 }
 
-/** What this adapter calls of a client: `npm:better-sqlite3` and `node:sqlite` both fit. */
+/** What this adapter calls of a client: `npm:better-sqlite3`, `node:sqlite` and `bun:sqlite` fit. */
 export interface SqliteClient {
   /** Prepares one statement, with bare `?` as placeholders. */
   prepare(sql: string): SqliteStatement;
@@ -230,7 +240,7 @@ const isOurs = (error: unknown): boolean => Object.values(CODES).includes(result
 /** What this module does with one client, whichever store or outbox asks. */
 interface Connection {
   readonly turns: Turns;
-  readonly prepare: (sql: string) => SqliteStatement;
+  readonly prepare: (sql: string) => Statement;
   checked: boolean;
   /** The driver's own wait for a lock. */
   readonly timeoutMs: number;
@@ -240,7 +250,7 @@ const connections = new WeakMap<SqliteClient, Connection>();
 interface Database {
   readonly name: string;
   readonly now: () => number;
-  readonly prepare: (sql: string) => SqliteStatement;
+  readonly prepare: (sql: string) => Statement;
   /** Runs in a transaction that reads one state of the database. */
   read<T>(run: () => T): Promise<T>;
   /** Runs in a transaction that nobody else writes in, from its start. */
@@ -254,7 +264,7 @@ interface Database {
 function connectionOf(client: SqliteClient, name: string): Connection {
   const known = connections.get(client);
   if (known) return known;
-  const statements = new Map<string, SqliteStatement>();
+  const statements = new Map<string, Statement>();
   const connection = {
     turns: createTurns(name),
     prepare(sql: string) {
@@ -778,7 +788,7 @@ export function sqliteOutbox(client: SqliteClient, options: SqliteOutboxOptions 
     const held = onPark === "block" ? ["waiting", "parked", "blocked"] : ["waiting", "blocked"];
     const cache = new Map<string, Batch>();
 
-    const registered = () => prepare(`select 1 from effectonce_relays where instance = ?`).get(instance) !== undefined;
+    const registered = () => Boolean(prepare(`select 1 from effectonce_relays where instance = ?`).get(instance));
     const register = (): { id: string; inherited: boolean } => {
       const others = prepare(`select instance, relay, protocol, topics, until_ms from effectonce_relays`).all();
       let inherited = false;
@@ -858,7 +868,9 @@ export function sqliteOutbox(client: SqliteClient, options: SqliteOutboxOptions 
       const row = prepare(
         `select sealed, sealed_uid, settled, settled_uid from effectonce_shards where relay = ? and shard = 0`,
       )
-        .get(relay) as { sealed: number; sealed_uid: string; settled: number; settled_uid: string };
+        .get(relay) as { sealed: number; sealed_uid: string; settled: number; settled_uid: string } | undefined;
+      // Missing where the database went back to before this relay began; registering again brings it.
+      if (!row) return settledShard(START);
       return { sealed: row.sealed, sealedUid: row.sealed_uid, settled: row.settled, settledUid: row.settled_uid };
     };
     const readBatches = (): Position[] =>

@@ -1,0 +1,325 @@
+/**
+ * Wrong changes of the code, each of which the simulation must notice. They are made in a copy, by text: a mutant whose text
+ * is no longer there is an error, not a success.
+ *
+ * `deno task mutants` writes `docs/mutants.md`.
+ *
+ * @module
+ */
+import type { Outcome } from "./main.ts";
+
+/** One wrong change. */
+export interface Mutant {
+  /** What the code does wrong then. */
+  readonly name: string;
+  /** The file. */
+  readonly file: string;
+  /** What stands there, exactly once. */
+  readonly from: string;
+  /** What stands there then. */
+  readonly to: string;
+}
+
+const core = (name: string, from: string, to: string): Mutant => ({ name, file: "mod.ts", from, to });
+const shared = (name: string, from: string, to: string): Mutant => ({ name, file: "adapters/shared.ts", from, to });
+const memory = (name: string, from: string, to: string): Mutant => ({ name, file: "adapters/memory.ts", from, to });
+const sqlite = (name: string, from: string, to: string): Mutant => ({ name, file: "adapters/sqlite.ts", from, to });
+const file = (name: string, from: string, to: string): Mutant => ({ name, file: "adapters/file.ts", from, to });
+
+/** All of them. */
+export const mutants: readonly Mutant[] = [
+  // Claims.
+  core("a claim takes what another owner holds", `row.state !== "uncertain" && row.untilMs > nowMs`, `false`),
+  core(
+    "a claim takes what is done",
+    `if (row.state === "done") return {`,
+    `if (row.state === "done" && row.attempt < 0) return {`,
+  ),
+  core("a claim takes what was refused", `if (row.state === "rejected") return {`, `if (row.attempt < 0) return {`),
+  core("a claim takes what is in doubt", `if (row.state === "uncertain") return { answer: doubtful(row, now) };`, ``),
+  core(
+    "the fence does not grow with a claim",
+    `state: "claimed",
+        fence: row.fence + 1,`,
+    `state: "claimed",
+        fence: row.fence,`,
+  ),
+  core(
+    "an interrupted call is repeated at a target that does not dedupe",
+    `row.firstMs === null || repeatWithinMs !== undefined && now - row.firstMs <= repeatWithinMs`,
+    `true`,
+  ),
+  core("a call is repeated after the target has forgotten its key", `now - row.firstMs <= repeatWithinMs`, `true`),
+  core("the first attempt's time moves on with each claim", `firstMs: row.firstMs ?? now,`, `firstMs: now,`),
+  core("whoever comes late overwrites", `if (row.fence === fence && states.includes(row.state)) {`, `if (true) {`),
+  core(
+    "whoever comes late overwrites what is not done yet",
+    `if (row.fence === fence && states.includes(row.state)) {`,
+    `if (states.includes(row.state) && (row.fence === fence || row.state === "claimed")) {`,
+  ),
+  core("a refusal hides that an earlier attempt may have happened", `as === "rejected" && !row.doubt`, `as === "rejected"`),
+  core("a failure that passes hides an earlier doubt", `firstMs: row.doubt ? row.firstMs : null`, `firstMs: null`),
+  core("a claim forgets that there was an attempt", `const doubt = row.firstMs !== null;`, `const doubt = false;`),
+  core(
+    "an unknown outcome counts as a failure that may be tried again",
+    `: { ...base, state: "uncertain", untilMs: now };`,
+    `: { ...base, state: "waiting", firstMs: null };`,
+  ),
+  core(
+    "what a target has stored under a key is asked for again",
+    `generation: row.generation + (sent ? 1 : 0),`,
+    `generation: row.generation,`,
+  ),
+  core(
+    "a resolution does not look whether anything has changed",
+    `if (fence !== undefined && row.fence !== fence) {`,
+    `if (false) {`,
+  ),
+  core("a lease is cut short by its renewal", `untilMs: Math.max(row.untilMs, now + leaseMs)`, `untilMs: now`),
+  // once
+  core(
+    "once answers before it has recorded",
+    `await persist(runtime, () => store.complete(key, fence, result as Json));`,
+    `persist(runtime, () => store.complete(key, fence, result as Json)).catch(() => {}); return result;`,
+  ),
+  core("once asks the target before the last request can have arrived", `if (claim.ageMs < settleMs) {`, `if (false) {`),
+  core(
+    "once takes an error that says nothing for one that may be repeated",
+    `const retryMs = known?.afterMs ?? (known || repeatWithinMs !== undefined ? 0 : undefined);`,
+    `const retryMs = 0;`,
+  ),
+  core(
+    "once takes a target that cannot tell for one that says no",
+    `if (found.state === "unknown") throw inDoubt("the destination cannot tell");
+        try {
+          if (found.state === "absent")`,
+    `try {
+          if (found.state !== "done")`,
+  ),
+  core(
+    "the key of a call changes with each attempt",
+    `const idempotencyKeyOf = (generation: number) => generationKey(`,
+    `const idempotencyKeyOf = (generation: number) => runtime.now() + generationKey(`,
+  ),
+  core(
+    "a call goes on after its lease",
+    `stop.abort(lost("go on with", key, "its lease is about to end"));`,
+    ``,
+  ),
+  core(
+    "a lease counts from its answer, not from its question",
+    `let endsAt = lease.since + leaseMs;`,
+    `let endsAt = runtime.now() + leaseMs;`,
+  ),
+  // The relay, by calls.
+  core(
+    "the relay settles before it delivers",
+    `    o.emit({ type: "claimed", ...about(message), attempt });
+    let result: Json;`,
+    `    await settle(message);
+    let result: Json;`,
+  ),
+  core(
+    "the relay settles before it has recorded",
+    `if (!await complete({ key, fence, result })) return leaseLost(message);`,
+    `await settle(message);
+    if (!await complete({ key, fence, result })) return leaseLost(message);`,
+  ),
+  core(
+    "the relay does not claim",
+    `const answer = await claim({ key: {`,
+    `const answer: Claim = repeat === "never" ? { state: "claimed", fence: 1, attempt: 1, generation: 1, request: null } : await claim({ key: {`,
+  ),
+  core(
+    "messages of one key are delivered side by side",
+    "const key = message.key === null ? `i${message.id}` : `k${message.key}`;",
+    "const key = `i${message.id}`;",
+  ),
+  core("the rest of a key goes on when its first message is held back", `next === "held" ? Infinity : 1`, `1`),
+  core("an answer that was overtaken by a settlement counts", `stale ||= gone.has(message.id) || heldBack.has(key);`, ``),
+  core("a parked message is dropped", `await park({ message, reason, retryMs: null });`, `await settle(message);`),
+  core(
+    "a message that must wait is dropped",
+    `await park({ message, reason, retryMs });
+    o.emit({ type: "retried"`,
+    `await settle(message);
+    o.emit({ type: "retried"`,
+  ),
+  core(
+    "the relay repeats after an unknown outcome, whatever the target",
+    `&& (known !== undefined || repeat !== "never")`,
+    ``,
+  ),
+  core(
+    "the relay takes an unknown outcome for none",
+    `const as = known ? again ? "retryable" : "rejected" : "unknown";`,
+    `const as = again ? "retryable" : "rejected";`,
+  ),
+  core(
+    "the relay asks the target before the last request can have arrived",
+    `if (claim.ageMs < o.settleMs) {`,
+    `if (false) {`,
+  ),
+  core(
+    "the relay takes a target that cannot tell for one that says no",
+    `if (found.state === "unknown") return await`,
+    `if (found.state === "nothing" as never) return await`,
+  ),
+  core(
+    "the relay asks the target about another attempt's key",
+    `const idempotencyKey = generationKey(message.id, claim.generation);`,
+    `const idempotencyKey = generationKey(message.id, 1);`,
+  ),
+  core(
+    "the relay believes a target that says yes, and does not record it",
+    `return recorded ? await delivered(message, 0, 0, true) : "again";`,
+    `return await delivered(message, 0, 0, true);`,
+  ),
+  core("a group of calls gets the answer of its first", `resolve(answers[i]!)`, `resolve(answers[0]!)`),
+  core(
+    "the relay delivers what another relay has done",
+    `case "done":
+        return await delivered(message, 0, 0, true);`,
+    `case "done":
+        return await attempt(message, { state: "claimed", fence: 0, attempt: 1, generation: 1, request: null }, since);`,
+  ),
+  // The relay, by sealed batches.
+  core(
+    "a batch whose commit failed counts as committed",
+    `if (committed.status === "rejected") {`,
+    `if (committed.status === "rejected" && (committed.reason as Error).name === "nothing") {`,
+  ),
+  core("a handler does not move its position", `await effects.advance(owner, batch);`, ``),
+  core(
+    "what a sink refused is parked, but its batch stays",
+    `await source.unseal(ring, [{ message, reason, retryMs }]);`,
+    `await source.park([{ message, reason, retryMs }]);`,
+  ),
+  shared(
+    "what was sealed is settled before it is committed",
+    `batches.filter((batch) => batch.n <= cursor.n).flatMap((batch) => batch.rows),
+      remaining`,
+    `batches.flatMap((batch) => batch.rows),
+      remaining`,
+  ),
+  shared(
+    "a batch is known by its number alone",
+    `shard.sealed >= cursor.n && uidOf(cursor.n) === cursor.uid`,
+    `shard.sealed >= cursor.n`,
+  ),
+  shared(
+    "batches that a source forgot are not repaired",
+    `settle: [...kept, ...repaired].flatMap((batch) => batch.rows),`,
+    `settle: kept.flatMap((batch) => batch.rows),`,
+  ),
+  shared(
+    "a fork is looked for by number alone",
+    `while (fork >= shard.settled && uidOf(fork) !== ringUid(fork)) fork--;`,
+    ``,
+  ),
+  shared("an old cursor counts", `if (shard.settled > cursor.n) {`, `if (false) {`),
+  shared("a position moves on whatever it is", `if (next.n !== stored.n + 1 || next.prev !== stored.uid) {`, `if (false) {`),
+  memory("what is sealed is sealed again", `!except.has(row.seq) &&`, ``),
+  memory(
+    "unsealing does not settle what was committed",
+    `const { settle } = settlePlan(shard(), shard().batches, ring);
+            settleRows(settle);`,
+    ``,
+  ),
+  memory("what comes after a parked message is handed out", `held.add(row.key);`, `{}`),
+  memory("rows are settled by number alone", `if (memory!.state.outbox.get(Number(seq))?.id === id)`, `if (id)`),
+  sqlite(
+    "what is sealed is sealed again",
+    `const stored = pendingNow(limits, SEALED, [relay]);`,
+    `const stored = pendingNow(limits, " and ? <> ''", [relay]);`,
+  ),
+  sqlite(
+    "rows are settled by number alone",
+    "remove(`seq = cast(? as integer) and id = ?`, seq, id)",
+    "remove(`seq = cast(? as integer) and ? <> ''`, seq, id)",
+  ),
+  sqlite("what comes after a held message is handed out", `if (row.behind) {`, `if (false) {`),
+  sqlite(
+    "what was held back is never freed",
+    `state = 'blocked' and key = ?\${mine}\${before.join("")} order`,
+    `state = 'nothing' and key = ?\${mine}\${before.join("")} order`,
+  ),
+  file("a torn write stays where it is", `if (!content.spoilt) await cut();`, `end = size;`),
+  file("a batch counts by its position line alone", `if (line && last && await verify(last, at)) {`, `if (line && last) {`),
+];
+
+/** What became of one mutant. */
+export interface Verdict extends Mutant {
+  /** How many seeds it took; null if none of them noticed. */
+  readonly seeds: number | null;
+  /** What was seen. */
+  readonly seen: string;
+}
+
+const root = new URL("../../", import.meta.url);
+
+/** Runs the simulation on a copy with one mutant, until a seed notices it. */
+export async function hunt(mutant: Mutant, seeds: number): Promise<Verdict> {
+  const folder = await Deno.makeTempDir({ prefix: "effectonce-mutant-" });
+  try {
+    for (const path of ["mod.ts", "adapters", "tests/simulation"]) await copy(new URL(path, root), `${folder}/${path}`);
+    const path = `${folder}/${mutant.file}`;
+    const parts = (await Deno.readTextFile(path)).split(mutant.from);
+    if (parts.length !== 2) {
+      throw new Error(`The mutant "${mutant.name}" does not fit: its text is ${parts.length - 1} times in ${mutant.file}`);
+    }
+    await Deno.writeTextFile(path, parts.join(mutant.to));
+    const { stdout, stderr } = await new Deno.Command(Deno.execPath(), {
+      args: ["run", "-A", "--no-config", "--no-check", `${folder}/tests/simulation/main.ts`, "1", String(seeds)],
+      env: { NO_COLOR: "1" },
+    }).output();
+    const line = new TextDecoder().decode(stdout).trimEnd().split("\n").at(-1)!;
+    if (!line.startsWith("{")) {
+      throw new Error(`The mutant "${mutant.name}" did not run: ${new TextDecoder().decode(stderr)}`);
+    }
+    const outcome: Outcome = JSON.parse(line);
+    return { ...mutant, seeds: outcome.failed ? outcome.seeds : null, seen: outcome.failed?.what ?? "" };
+  } finally {
+    await Deno.remove(folder, { recursive: true });
+  }
+}
+
+async function copy(from: URL, to: string): Promise<void> {
+  if (!(await Deno.stat(from)).isDirectory) return await Deno.copyFile(from, to);
+  await Deno.mkdir(to, { recursive: true });
+  for await (const { name } of Deno.readDir(from)) await copy(new URL(`${from}/${name}`), `${to}/${name}`);
+}
+
+/** The table of all mutants, in Markdown. */
+export function table(verdicts: readonly Verdict[], seeds: number): string {
+  const caught = verdicts.filter((verdict) => verdict.seeds !== null);
+  const lines = verdicts.map(({ file, name, seeds, seen }) =>
+    `| ${name} | \`${file}\` | ${seeds ?? "**survives**"} | ${seen.split("\n")[0]!.replaceAll("|", "\\|").slice(0, 100)} |`
+  );
+  return `# Mutants
+
+Wrong changes of the code, made one at a time, and how many seeds of the simulation it took to notice. Generated by
+\`deno task mutants\`; the simulation is \`tests/simulation/\`, the changes themselves are in its \`mutants.ts\`.
+
+${caught.length} of ${verdicts.length} are caught within ${seeds} seeds.
+
+| The code does this wrong | in | seeds | what was seen |
+| --- | --- | --- | --- |
+${lines.join("\n")}
+`;
+}
+
+if (import.meta.main) {
+  const seeds = 5000;
+  const verdicts: Verdict[] = [];
+  for (const mutant of mutants) {
+    if (Deno.args[0] && !mutant.name.includes(Deno.args[0])) continue;
+    verdicts.push(await hunt(mutant, seeds));
+    const { name, file, seeds: took, seen } = verdicts.at(-1)!;
+    console.log(`${String(took ?? "SURVIVES").padStart(8)}  ${file}: ${name}  (${seen.split("\n")[0]})`);
+  }
+  if (!Deno.args[0]) {
+    await Deno.mkdir(new URL("docs/", root), { recursive: true });
+    await Deno.writeTextFile(new URL("docs/mutants.md", root), table(verdicts, seeds));
+  }
+}

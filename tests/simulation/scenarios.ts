@@ -1,0 +1,714 @@
+/**
+ * One seed, one story: which protocol, how many relays, what goes wrong and when; then the faults end, an operator clears up,
+ * and the books are compared.
+ *
+ * @module
+ */
+import { DatabaseSync } from "node:sqlite";
+import {
+  type AtomicSink,
+  type Batch,
+  type ClaimStore,
+  claimStore,
+  EffectError,
+  type EffectKey,
+  handler,
+  type NewMessage,
+  once,
+  type Outbox,
+  type Position,
+  refusedMessage,
+  rejected,
+  relay,
+  type Sink,
+  type Source,
+} from "../../mod.ts";
+import { fileSink, parseLine } from "../../adapters/file.ts";
+import { memoryOutbox, memoryStore } from "../../adapters/memory.ts";
+import { checkAdvance } from "../../adapters/shared.ts";
+import { migrateSqlite, type SqliteClient, sqliteOutbox, sqliteStore } from "../../adapters/sqlite.ts";
+import { type Faults, Process, Simulation, tameCrypto } from "./scheduler.ts";
+import { callSink, remoteStore, Rows, type RowView, Target, type TargetFaults, wrongChange } from "./world.ts";
+
+const SCOPE = "relay";
+/** How long a request may be on its way, and how long after an attempt the target may be asked. */
+const LATE_MS = 800;
+const SETTLE_MS = 900;
+/** A fifth of it is more than what may lie between a claim and the arrival of its call: lease, pause and late request. */
+const WINDOW_MS = 20_000;
+const ENDS_MS = 300_000;
+
+interface Planned {
+  readonly id: string;
+  readonly key: string | null;
+  /** Refused by whoever gets it, always. */
+  readonly poison: boolean;
+}
+
+interface Row {
+  readonly id: string;
+  readonly key: string | null;
+  readonly state: string;
+}
+
+/** A database: an outbox, claims, and a view of both that disturbs nothing. */
+interface Storage {
+  readonly outbox: Outbox;
+  readonly claims: ClaimStore;
+  enqueue(message: NewMessage): Promise<void>;
+  rows(): readonly Row[];
+  effects(): readonly RowView[];
+  /** Undefined where it cannot be seen in the middle of a call. */
+  effect(key: EffectKey): RowView | undefined;
+  snapshot(): () => Promise<void>;
+}
+
+function memoryStorage(simulation: Simulation): Storage {
+  const store = memoryStore({ now: () => simulation.now });
+  const rows = new Rows(simulation);
+  return {
+    outbox: memoryOutbox(store),
+    claims: claimStore(rows),
+    enqueue: (message) => store.enqueue(message),
+    rows: () => store.outbox(),
+    effects: () => [...rows.rows.values()],
+    effect: (key) => rows.get(key),
+    snapshot: () => store.snapshot(),
+  };
+}
+
+const TABLES = ["outbox", "effects", "shards", "batches", "relays"].map((name) => `effectonce_${name}`);
+
+async function sqliteStorage(simulation: Simulation): Promise<Storage> {
+  const client = new DatabaseSync(":memory:");
+  const options = { now: () => simulation.now };
+  await migrateSqlite(client as SqliteClient, options);
+  const store = sqliteStore(client as SqliteClient, options);
+  const all = (sql: string) => client.prepare(sql).all() as Record<string, string | number | null>[];
+  return {
+    outbox: sqliteOutbox(client as SqliteClient, options),
+    claims: store,
+    enqueue: (message) => store.transaction((effects) => effects.enqueue(message)),
+    rows: () => all("select id, key, state from effectonce_outbox order by seq") as unknown as readonly Row[],
+    effects: () =>
+      all(
+        `select key, state, fence, generation, attempt, result, until_ms as "untilMs" from effectonce_effects order by key`,
+      ) as unknown as readonly RowView[],
+    effect: () => undefined,
+    snapshot() {
+      const kept = [...TABLES, "sqlite_sequence"].map((table) => ({ table, rows: all(`select * from ${table}`) }));
+      return () => {
+        client.exec("begin");
+        for (const { table, rows } of kept) {
+          client.exec(`delete from ${table}`);
+          for (const row of rows) {
+            const names = Object.keys(row);
+            client.prepare(`insert into ${table} (${names.join(", ")}) values (${names.map(() => "?").join(", ")})`)
+              .run(...Object.values(row));
+          }
+        }
+        client.exec("commit");
+        return Promise.resolve();
+      };
+    },
+  };
+}
+
+/** A source as one process reaches it. */
+function remoteSource(process: Process, source: Source, faults: () => Faults): Source {
+  return {
+    name: source.name,
+    seals: source.seals,
+    open: (options) =>
+      process.call("open source", faults(), async () => {
+        const session = await source.open(options);
+        const call = <T>(what: string, run: () => Promise<T>) => process.call(what, faults(), run);
+        return {
+          ...session,
+          read: (limits) => call("read", () => session.read(limits)),
+          settle: (messages) => call(`settle ${messages.map(({ id }) => id).join(" ")}`, () => session.settle(messages)),
+          park: (parks) =>
+            call(
+              parks.map(({ message, retryMs }) => `park ${message.id} ${retryMs === null ? "for good" : `${retryMs} ms`}`)
+                .join(", "),
+              () => session.park(parks),
+            ),
+          settled: () => call("settled", () => session.settled()),
+          seal: (ring, limits) => call(`seal behind ${ring.at(-1)?.n ?? 0}`, () => session.seal(ring, limits)),
+          unseal: (ring, parks) => call("unseal", () => session.unseal(ring, parks)),
+          renew: () => call("renew source", () => session.renew()),
+          close: (settled) => call("close source", () => session.close(settled)),
+        };
+      }),
+  };
+}
+
+/** An atomic sink as one process reaches it. */
+function remoteSink(process: Process, sink: AtomicSink, faults: () => Faults): AtomicSink {
+  return {
+    ...sink,
+    open: (owner) =>
+      process.call("open sink", faults(), async () => {
+        const session = await sink.open(owner);
+        return {
+          ring: session.ring,
+          commit: (batch) => {
+            const ids = batch.messages.map(({ id }) => id).join(" ");
+            return process.call(`commit ${batch.n}: ${ids}`, faults(), () => session.commit(batch));
+          },
+          close: () => session.close(),
+        };
+      }),
+  };
+}
+
+/** A log that commits its position with its records, and fences by position, or by position and epoch as Kafka does. */
+function logSink(simulation: Simulation, records: string[], refuses: (id: string) => unknown, epochs: boolean): AtomicSink {
+  const ring: Position[] = [];
+  let epoch = 0;
+  return {
+    kind: "atomic",
+    name: "log",
+    open() {
+      const mine = ++epoch;
+      return Promise.resolve({
+        ring: [...ring],
+        // deno-lint-ignore require-await -- what throws here must reject
+        async commit({ messages, n, uid, prev, rows }: Batch) {
+          if (epochs && mine !== epoch) throw new EffectError("fenced", "a later epoch has begun");
+          checkAdvance(ring.at(-1), { n, uid, prev, rows });
+          for (const message of messages) {
+            const why = refuses(message.id);
+            if (why) throw refusedMessage(message, why);
+          }
+          ring.push({ n, uid, prev, rows });
+          for (const { id } of messages) {
+            records.push(id);
+            simulation.log(() => `RECORD ${id} in batch ${n}`);
+          }
+        },
+        close: () => Promise.resolve(),
+      });
+    },
+  };
+}
+
+const KINDS = {
+  "claimed never": 16,
+  "claimed never, asking": 14,
+  "claimed same-key": 20,
+  "plain": 3,
+  "once never": 7,
+  "once never, asking": 6,
+  "once same-key": 8,
+  "sealed": 16,
+  "handler": 6,
+  "sqlite claimed never": 1,
+  "sqlite claimed same-key": 1,
+  "sqlite sealed": 1,
+  "sqlite sealed into a file": 1,
+} as const;
+
+/** What a seed is about. */
+export type Kind = keyof typeof KINDS;
+
+function kindOf(simulation: Simulation): Kind {
+  let left = simulation.random() * Object.values<number>(KINDS).reduce((sum, weight) => sum + weight);
+  return (Object.keys(KINDS) as Kind[]).find((kind) => (left -= KINDS[kind]) < 0)!;
+}
+
+/**
+ * Runs one seed to its end; answers its kind and how many events it had.
+ *
+ * @throws {Violation} If anything was seen that must not be.
+ */
+export async function simulate(
+  seed: number,
+  trace?: (line: string) => void,
+): Promise<{ readonly kind: Kind; readonly steps: number }> {
+  const simulation = new Simulation(seed, trace);
+  tameCrypto(() => simulation.random());
+  const kind = kindOf(simulation);
+  simulation.log(() => `seed ${seed}: ${kind}`);
+  const folder = kind.endsWith("file")
+    ? Deno.makeTempDirSync({ dir: Deno.build.os === "linux" ? "/dev/shm" : undefined })
+    : "";
+  try {
+    await (kind.startsWith("once") ? playOnce(simulation, kind) : playRelays(simulation, kind, folder));
+    simulation.check();
+  } finally {
+    if (folder) Deno.removeSync(folder, { recursive: true });
+  }
+  return { kind, steps: simulation.steps };
+}
+
+/** How bad it gets: each kind of fault is rare, common or absent by the seed. */
+function chooseFaults(simulation: Simulation) {
+  const level = () => simulation.pick([0, 0, 0.02, 0.1]);
+  const calls: Faults = {
+    "request lost": level(),
+    "answer lost": level(),
+    late: level(),
+    repeated: level(),
+    slow: level(),
+  };
+  const target: TargetFaults = {
+    lost: level(),
+    unanswered: level(),
+    late: level(),
+    hangs: level(),
+    fails: level(),
+    busy: level(),
+    repeated: level(),
+  };
+  const none: TargetFaults = { lost: 0, unanswered: 0, late: 0, hangs: 0, fails: 0, busy: 0, repeated: 0 };
+  let raging = true;
+  const [kills, pauses] = [simulation.pick([0, 0.005, 0.03]), simulation.pick([0, 0.005, 0.03])];
+  simulation.disturb = (process) => {
+    if (simulation.chance(kills)) process.kill();
+    else if (simulation.chance(pauses)) process.pause(simulation.between(1, 1000));
+  };
+  return {
+    calls: () => raging ? calls : {},
+    target: () => raging ? target : none,
+    end() {
+      raging = false;
+      simulation.disturb = () => {};
+      simulation.log(() => "the faults end");
+    },
+  };
+}
+
+/** Keeps a program running in some places: starts it again when it has died or given up. */
+function supervise(
+  simulation: Simulation,
+  places: number,
+  program: (process: Process, signal: AbortSignal) => Promise<unknown>,
+) {
+  const stop = new AbortController();
+  const running = new Set<Process>();
+  function start(place: number, generation: number): void {
+    if (stop.signal.aborted) return;
+    const process = new Process(simulation, `${"ABC"[place]}${generation}`);
+    running.add(process);
+    let over = false;
+    const ended = (why: string, afterMs: number) => {
+      if (over) return;
+      over = true;
+      running.delete(process);
+      simulation.log(() => `${process.name} ends: ${why}`);
+      simulation.at(simulation.now + afterMs, () => start(place, generation + 1));
+    };
+    // Now and then it stays away for so long that a target forgets.
+    process.onKill(() => ended("killed", simulation.chance(0.05) ? WINDOW_MS : simulation.between(0, 2000)));
+    program(process, stop.signal).then(
+      () => ended("done", simulation.between(0, 500)),
+      (error: unknown) => {
+        const code = error instanceof EffectError ? error.code : "";
+        if (["source_invalid", "sink_invalid", "diverged", "cursor_lost", "mismatch"].includes(code)) {
+          simulation.violate(`${process.name} ended with ${code}: ${(error as Error).message}`);
+        }
+        if (error instanceof TypeError || error instanceof RangeError) {
+          simulation.violate(`${process.name} ended with ${error.name}: ${error.message}`);
+        }
+        ended(String(error), simulation.between(0, 1000));
+      },
+    );
+  }
+  for (let place = 0; place < places; place++) simulation.at(simulation.between(0, 500), () => start(place, 1));
+  return { stop: () => stop.abort(), running };
+}
+
+/** Looks at a condition every 100 ms of virtual time. */
+async function reach(simulation: Simulation, what: string, holds: () => boolean): Promise<void> {
+  let held = false;
+  const look = () => {
+    held = holds();
+    if (!held) simulation.at(simulation.now + 100, look);
+  };
+  simulation.at(simulation.now, look);
+  if (!await simulation.until(() => held, simulation.now + ENDS_MS)) simulation.violate(`never came: ${what}`);
+  simulation.check();
+}
+
+async function finish(simulation: Simulation, fleet: ReturnType<typeof supervise>): Promise<void> {
+  fleet.stop();
+  await reach(simulation, "the end of all relays after they were told to stop", () => fleet.running.size === 0);
+}
+
+function plan(simulation: Simulation): readonly Planned[] {
+  const keys = simulation.pick([["a"], ["a", "b"], ["a", null], [null]]);
+  const poisonous = simulation.pick([0, 0, 0.2]);
+  return Array.from({ length: simulation.between(2, 6) }, (_, i) => {
+    return { id: `m${i + 1}`, key: simulation.pick(keys), poison: simulation.chance(poisonous) };
+  });
+}
+
+async function playRelays(simulation: Simulation, kind: Kind, folder: string): Promise<void> {
+  const onFile = kind.endsWith("file");
+  const atomic = kind.includes("sealed") || kind === "handler";
+  const storage = kind.startsWith("sqlite") ? await sqliteStorage(simulation) : memoryStorage(simulation);
+  const faults = chooseFaults(simulation);
+  const messages = plan(simulation);
+  const poison = new Set(messages.filter((message) => message.poison && !onFile).map(({ id }) => id));
+  const flaky = simulation.pick([0, 0, 0.1]);
+  const onPark = simulation.pick(["block", "block", "skip"] as const);
+  const repeat = kind === "plain" ? "always" : kind.endsWith("same-key") ? "same-key" : "never";
+  const reconciles = kind.endsWith("asking");
+  const deduping = repeat === "same-key";
+  const target = new Target(simulation, {
+    dedupeWindowMs: deduping ? WINDOW_MS : 0,
+    refuses: (id) => poison.has(id),
+    maxLateMs: LATE_MS,
+  });
+  /** What came out of an atomic sink, in order. */
+  const records: string[] = [];
+  const leaseMs = simulation.between(300, 1000);
+  const minRetryMs = simulation.between(1, 200);
+  const shared = {
+    name: SCOPE,
+    leaseMs,
+    minRetryMs,
+    maxRetryMs: minRetryMs + simulation.between(0, 1500),
+    attempts: simulation.between(2, 6),
+    lanes: simulation.between(1, 3),
+    batch: simulation.between(1, 4),
+    settleMs: SETTLE_MS,
+    pollMs: simulation.between(50, 500),
+    onPark,
+  };
+
+  let raging = true;
+  const refuses = (id: string): unknown =>
+    poison.has(id)
+      ? rejected("refused for good")
+      : raging && simulation.chance(flaky)
+      ? new Error("a passing fault")
+      : undefined;
+  const path = `${folder}/events.jsonl`;
+  const table = memoryStore({ now: () => simulation.now });
+  const log = logSink(simulation, records, refuses, simulation.chance(0.5));
+  const writes = handler(
+    table,
+    async ({ id }, effects) => {
+      await effects.enqueue({ id, topic: "written", value: null });
+      const why = refuses(id);
+      if (why) throw why;
+    },
+    simulation.chance(0.5) ? { key: ({ id }) => id } : {},
+  );
+  const delivered = (): readonly string[] => {
+    if (kind === "handler") return table.outbox().map(({ id }) => id);
+    if (onFile) return committed(path);
+    return atomic ? records : target.ledger.map(({ id }) => id);
+  };
+
+  function sinkOf(process: Process): Sink {
+    if (onFile) return fileOf(simulation, process, path);
+    if (kind === "handler") return remoteSink(process, writes, faults.calls);
+    if (atomic) return remoteSink(process, log, faults.calls);
+    return callSink(
+      process,
+      target,
+      { repeat, dedupeWindowMs: deduping ? WINDOW_MS : undefined, reconciles },
+      faults.target,
+      faults.calls,
+      (id, idempotencyKey, attempt) =>
+        isZombie(simulation, storage.effect({ scope: SCOPE, key: id }), idempotencyKey, attempt),
+    );
+  }
+  const fleet = supervise(simulation, simulation.pick([1, 2, 2, 3]), (process, signal) =>
+    relay({
+      ...shared,
+      from: remoteSource(process, storage.outbox, faults.calls),
+      to: sinkOf(process),
+      store: kind === "plain" ? undefined : remoteStore(simulation, process, storage.claims, faults.calls, storage.effect),
+      signal,
+      runtime: process.runtime,
+    }));
+
+  const enqueued: string[] = [];
+  /** Rows that the database forgot when it went back in time, before anybody had them. */
+  const forgotten = new Set<string>();
+  for (const { id, key } of messages) {
+    simulation.at(simulation.between(0, 4000), () => {
+      enqueued.push(id);
+      simulation.log(() => `enqueued ${id} of key ${key}`);
+      simulation.outside(() => storage.enqueue({ id, topic: "orders", key, value: id }));
+    });
+  }
+  if (atomic && simulation.chance(0.5)) {
+    for (let times = simulation.between(1, 3); times > 0; times--) {
+      const from = simulation.between(0, 5000);
+      simulation.at(from, () => {
+        simulation.log(() => "a snapshot of the database");
+        const restore = storage.snapshot();
+        simulation.at(simulation.between(from, 8000), () => {
+          if (!raging) return;
+          simulation.log(() => "THE DATABASE GOES BACK IN TIME");
+          simulation.outside(async () => {
+            await restore();
+            const left = new Set([...storage.rows().map(({ id }) => id), ...delivered()]);
+            for (const id of enqueued) if (!left.has(id)) forgotten.add(id);
+            for (const id of left) forgotten.delete(id);
+          });
+        });
+      });
+    }
+  }
+  watchRows(simulation, storage);
+  await simulation.until(() => false, simulation.between(4000, 12_000));
+  faults.end();
+  raging = false;
+
+  /** Whether no relay has anything to do: what is left is parked, or held back by what is. */
+  const atRest = () => {
+    const rows = storage.rows();
+    const stuck = (row: Row, at: number) =>
+      row.state === "parked" || onPark === "block" && row.key !== null &&
+        rows.slice(0, at).some(({ key, state }) => key === row.key && state === "parked");
+    return target.underWay === 0 && enqueued.length === messages.length && rows.every(stuck) &&
+      storage.effects().every(({ state }) => state !== "claimed");
+  };
+  await reach(simulation, "rest after the faults ended", atRest);
+  const released = new Set<string>();
+  for (let round = 0; storage.rows().some(({ id, state }) => state === "parked" && !poison.has(id)); round++) {
+    if (round > 10) simulation.violate("an operator cannot get what is parked to go");
+    await simulation.outside(() => operate(simulation, storage, target, poison, released));
+    await reach(simulation, "rest after an operator has cleared up", atRest);
+  }
+  await finish(simulation, fleet);
+
+  // The books.
+  const out = delivered();
+  const left = storage.rows();
+  const parked = new Set(left.filter(({ state }) => state === "parked").map(({ id }) => id));
+  for (const { id, key } of messages) {
+    const times = out.filter((other) => other === id).length;
+    const inOutbox = left.some((row) => row.id === id);
+    const zombie = target.ledger.some((execution) => execution.id === id && execution.zombie);
+    // Said in the README: a process that is paused before its call and wakes after the target was asked can still send.
+    if (times > 1 && kind !== "plain" && !(reconciles && zombie)) simulation.violate(`${id} happened ${times} times`);
+    if (poison.has(id) && times > 0) simulation.violate(`${id} was refused, and happened`);
+    if (poison.has(id) || inOutbox && behindParked(id, key)) continue;
+    if (inOutbox) simulation.violate(`${id} is still in the outbox`);
+    if (times === 0 && !forgotten.has(id)) simulation.violate(`${id} is lost`);
+  }
+  function behindParked(id: string, key: string | null): boolean {
+    const at = left.findIndex((row) => row.id === id);
+    return onPark === "block" && key !== null && left.slice(0, at).some((row) => row.key === key && parked.has(row.id));
+  }
+  for (const { key, state } of storage.effects()) {
+    if (state !== "done" && state !== "rejected" && !poison.has(key)) simulation.violate(`${key} is left behind, ${state}`);
+  }
+  checkOrder();
+  /** The first time that each happened, by key, in the order of enqueueing. */
+  function checkOrder(): void {
+    const last = new Map<string, number>();
+    for (const id of new Set(out)) {
+      const { key } = messages.find((message) => message.id === id)!;
+      if (key === null || onPark === "skip" && released.size > 0) continue;
+      const at = enqueued.indexOf(id);
+      if (at < (last.get(key) ?? -1)) simulation.violate(`${id} of key ${key} was overtaken: ${out.join(" ")}`);
+      last.set(key, at);
+    }
+  }
+}
+
+/** Whether an owner has lost its lease by the time that it sends. */
+function isZombie(simulation: Simulation, row: RowView | undefined, idempotencyKey: string, attempt: number): boolean {
+  const generation = Number(/;generation=(\d+)$/.exec(idempotencyKey)?.[1] ?? 1);
+  return row !== undefined &&
+    (row.state !== "claimed" || row.generation !== generation || row.attempt !== attempt || row.untilMs <= simulation.now);
+}
+
+/** Looks at a database's rows as they change, where they cannot be seen in the middle of a call. */
+function watchRows(simulation: Simulation, storage: Storage): void {
+  let before = new Map<string, RowView>();
+  const look = () => {
+    const now = new Map(storage.effects().map((row) => [row.key, row]));
+    for (const [key, row] of before) {
+      const wrong = wrongChange(row, now.get(key));
+      if (wrong) simulation.violate(wrong);
+    }
+    before = now;
+    simulation.at(simulation.now + 100, look);
+  };
+  look();
+}
+
+/** What a person does about parked messages, as the command line does it. */
+async function operate(
+  simulation: Simulation,
+  storage: Storage,
+  target: Target,
+  poison: ReadonlySet<string>,
+  released: Set<string>,
+): Promise<void> {
+  for (const { id, reason } of await storage.outbox.parked()) {
+    const [effect] = await storage.claims.list({ key: id });
+    const key = { scope: SCOPE, key: id };
+    simulation.log(() => `an operator looks at ${id}: ${effect?.state ?? "never claimed"}, ${reason}`);
+    released.add(id);
+    if (poison.has(id)) {
+      if (effect?.state === "uncertain") await storage.claims.resolve(key, { as: "rejected", reason: "by a person" });
+      continue;
+    }
+    if (effect?.state === "uncertain") {
+      await storage.claims.resolve(key, { as: target.count(id) > 0 ? "done" : "absent" });
+    } else if (effect?.state === "rejected") {
+      if (target.count(id) > 0) simulation.violate(`${id} is called refused, and happened`);
+      await storage.claims.resolve(key, { as: "absent" });
+    } else if (effect?.state === "waiting") {
+      await storage.claims.resolve(key, { as: "retry" });
+    }
+    await storage.outbox.release(id);
+  }
+}
+
+/** The messages of a file's whole batches: behind them there may be a torn one. */
+function committed(path: string): readonly string[] {
+  const ids: string[] = [];
+  let batch: string[] = [];
+  try {
+    for (const line of Deno.readTextFileSync(path).split("\n")) {
+      const message = parseLine(line);
+      if (message) batch.push(message.id!);
+      else ids.push(...batch.splice(0));
+    }
+  } catch (error) {
+    if (!(error instanceof Deno.errors.NotFound || error instanceof SyntaxError)) throw error;
+  }
+  return ids;
+}
+
+/** A file as a sink: it dies with its process, at worst in the middle of a write. */
+function fileOf(simulation: Simulation, process: Process, path: string): AtomicSink {
+  const sink = fileSink(path);
+  return {
+    ...sink,
+    open: (owner) =>
+      process.call("open file", {}, () =>
+        simulation.outside(async () => {
+          const session = await sink.open(owner);
+          let writing: { readonly before: number } | undefined;
+          process.onKill(() => {
+            simulation.outside(async () => {
+              await session.close();
+              if (!writing) return;
+              const { size } = await Deno.stat(path);
+              const torn = simulation.between(writing.before, size);
+              simulation.log(() => `the file is torn at byte ${torn} of ${size}`);
+              await Deno.truncate(path, torn);
+            });
+          });
+          return {
+            ring: session.ring,
+            async commit(batch) {
+              await process.call(`commit ${batch.n} to the file`, {}, () =>
+                simulation.outside(async () => {
+                  const before = await Deno.stat(path);
+                  await session.commit(batch);
+                  writing = { before: before.size };
+                }));
+              writing = undefined;
+            },
+            close: () => simulation.outside(() => session.close()),
+          };
+        })),
+  };
+}
+
+async function playOnce(simulation: Simulation, kind: Kind): Promise<void> {
+  const faults = chooseFaults(simulation);
+  const rows = new Rows(simulation);
+  const store = claimStore(rows);
+  const deduping = kind.endsWith("same-key");
+  const reconciles = kind.endsWith("asking");
+  const keys = Array.from({ length: simulation.between(1, 3) }, (_, i) => `k${i + 1}`);
+  const refused = new Set(keys.filter(() => simulation.chance(0.1)));
+  const target = new Target(simulation, {
+    dedupeWindowMs: deduping ? WINDOW_MS : 0,
+    refuses: (id) => refused.has(id),
+    maxLateMs: LATE_MS,
+  });
+  const leaseMs = simulation.between(300, 1000);
+  const results = new Map<string, Set<string>>();
+  /** Ended for the callers: done or refused, or in doubt with nobody to ask. */
+  const isOver = (key: string) => ["done", "rejected", "uncertain"].includes(rows.get({ scope: "once", key })?.state ?? "");
+
+  const fleet = supervise(simulation, simulation.between(1, 3), async (process, signal) => {
+    const remote = remoteStore(simulation, process, store, faults.calls, (key) => rows.get(key));
+    while (!signal.aborted) {
+      const key = simulation.pick(keys);
+      try {
+        const result = await once(
+          remote,
+          { scope: "once", key },
+          ({ idempotencyKey, number, request, signal }) => {
+            if (request.amount !== 5) simulation.violate("an attempt was given another request");
+            const zombie = () => isZombie(simulation, rows.get({ scope: "once", key }), idempotencyKey, number);
+            return target.send(process, faults.target(), key, idempotencyKey, signal, zombie);
+          },
+          {
+            request: { amount: 5 },
+            leaseMs,
+            settleMs: SETTLE_MS,
+            waitMs: simulation.between(0, 2000),
+            runtime: process.runtime,
+            ...deduping ? { repeat: "same-key", dedupeWindowMs: WINDOW_MS } as const : { repeat: "never" } as const,
+            ...reconciles
+              ? { reconcile: (_: EffectKey, idempotencyKey: string) => target.find(process, faults.calls(), idempotencyKey) }
+              : {},
+          },
+        );
+        if (refused.has(key)) simulation.violate(`${key} was refused, and answered as done`);
+        const seen = results.get(key) ?? new Set();
+        results.set(key, seen.add(JSON.stringify(result)));
+        if (target.count(key) === 0) simulation.violate(`${key} was answered before it happened`);
+      } catch (error) {
+        const code = error instanceof EffectError ? error.code : "";
+        if (code === "mismatch" || error instanceof TypeError) simulation.violate(`${key}: ${error}`);
+        if (code === "rejected" && target.count(key) > 0 && !refused.has(key)) {
+          simulation.violate(`${key} happened, and was answered as refused`);
+        }
+        simulation.log(() => `${process.name} has ${key}: ${code || error}`);
+      }
+      await process.runtime.sleep(simulation.between(0, 500), signal);
+    }
+  });
+  await simulation.until(() => false, simulation.between(3000, 10_000));
+  faults.end();
+  const settledBy = (states: readonly string[]) => () =>
+    target.underWay === 0 && keys.every((key) => states.includes(rows.get({ scope: "once", key })?.state ?? ""));
+  await reach(simulation, "an end of all effects", () => target.underWay === 0 && keys.every(isOver));
+  if (reconciles) await reach(simulation, "an end of all doubts", settledBy(["done", "rejected"]));
+  // More than once: a claim that was long on its way may come after a resolution, with nobody behind it.
+  for (let round = 0; !settledBy(["done", "rejected"])(); round++) {
+    if (round > 10) simulation.violate("an operator cannot end the doubts");
+    for (const row of rows.rows.values()) {
+      if (row.state !== "uncertain") continue;
+      const happened = target.count(row.key) > 0;
+      const refuse = !happened && refused.has(row.key);
+      await store.resolve(
+        row,
+        happened ? { as: "done" } : refuse ? { as: "rejected", reason: "by a person" } : { as: "absent" },
+      );
+      results.delete(row.key);
+    }
+    await reach(simulation, "an end of all effects, after an operator", () => target.underWay === 0 && keys.every(isOver));
+  }
+  await finish(simulation, fleet);
+  for (const key of keys) {
+    const times = target.count(key);
+    const zombie = target.ledger.some((execution) => execution.id === key && execution.zombie);
+    if (times > 1 && !(reconciles && zombie)) simulation.violate(`${key} happened ${times} times`);
+    if (times === 0 && !refused.has(key)) simulation.violate(`${key} is lost`);
+    if ((results.get(key)?.size ?? 0) > 1 && times === 1 && !zombie) {
+      simulation.violate(`callers of ${key} were told different results: ${[...results.get(key)!].join(" ")}`);
+    }
+  }
+}
+
+/** The kinds there are. */
+export const kinds: readonly Kind[] = Object.keys(KINDS) as Kind[];
