@@ -1422,7 +1422,7 @@ export function guarantee(from: Source, to: Sink, store?: ClaimStore): Guarantee
       level: "at-least-once",
       protocol: "plain",
       reasons: [reason, "after a crash, what was sent but not yet settled is sent again"],
-      conditions: [],
+      conditions: ["one relay at a time: two of them send everything twice"],
       stronger: [to.repeat === "always" ? "deliver into a sink that commits its position, such as a file" : "give a store"],
     };
   }
@@ -1487,6 +1487,8 @@ export interface MessageEvent {
   readonly topic: string;
   /** Its ordering key. */
   readonly key: string | null;
+  /** When it was enqueued. */
+  readonly time: Date;
 }
 
 /** What a relay's observer hears: a public contract. New types may come; the present ones stay. */
@@ -1725,7 +1727,7 @@ async function deliverClaimed(
     await source.park(parks);
     return parks.map(() => undefined);
   });
-  const about = ({ id, topic, key }: Message) => ({ relay, id, topic, key });
+  const about = ({ id, topic, key, time }: Message) => ({ relay, id, topic, key, time });
   const stopping = () => failure !== undefined || o.stopped();
   /** A busy database passes; any other failure of source or store ends the relay, once the calls under way are over. */
   function failed(error: unknown, afterMs: number): void {
@@ -1955,7 +1957,7 @@ async function deliverSealed(o: Settings, source: SourceSession, sink: AtomicSin
   let fencedSince: number | undefined;
 
   async function refused(ring: readonly Position[], message: Message, error: unknown): Promise<void> {
-    const { id, topic, key } = message;
+    const { id, topic, key, time } = message;
     const attempt = (attempts.get(id) ?? 0) + 1;
     const known = outcomeOf(error);
     const again = known?.as !== "rejected" && attempt < o.attempts;
@@ -1966,10 +1968,10 @@ async function deliverSealed(o: Settings, source: SourceSession, sink: AtomicSin
     if (retryMs === null) {
       attempts.delete(id);
       o.count("parked");
-      o.emit({ type: "parked", relay, id, topic, key, reason });
+      o.emit({ type: "parked", relay, id, topic, key, time, reason });
     } else {
       attempts.set(id, attempt);
-      o.emit({ type: "retried", relay, id, topic, key, attempt, afterMs: retryMs, reason });
+      o.emit({ type: "retried", relay, id, topic, key, time, attempt, afterMs: retryMs, reason });
     }
   }
 
@@ -2014,11 +2016,11 @@ async function deliverSealed(o: Settings, source: SourceSession, sink: AtomicSin
       failures = 0;
       fencedSince = undefined;
       const ms = runtime.now() - since;
-      for (const { id, topic, key } of messages) {
+      for (const { id, topic, key, time } of messages) {
         const attempt = (attempts.get(id) ?? 0) + 1;
         attempts.delete(id);
         o.count("delivered");
-        o.emit({ type: "delivered", relay, id, topic, key, attempt, ms, found: false });
+        o.emit({ type: "delivered", relay, id, topic, key, time, attempt, ms, found: false });
       }
       if (ahead.status === "rejected") throw ahead.reason;
       sealed = ahead.value;

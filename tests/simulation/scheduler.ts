@@ -29,6 +29,8 @@ export class Simulation {
   now = 0;
   /** Events so far. */
   steps = 0;
+  /** Whether anything went wrong that may make an at-least-once relay deliver twice. */
+  harmed = false;
   readonly #trace: ((line: string) => void) | undefined;
   readonly #heap: Event[] = [];
   /** Called before a process goes on: the place to kill or pause it. */
@@ -192,6 +194,7 @@ export class Process {
   kill(): void {
     if (!this.alive) return;
     this.alive = false;
+    this.#simulation.harmed = true;
     this.#simulation.log(() => `${this.name} is killed`);
     for (const run of this.#onKill) run();
   }
@@ -205,6 +208,7 @@ export class Process {
   pause(ms: number): void {
     this.#simulation.log(() => `${this.name} is paused for ${ms} ms`);
     this.wasPaused = true;
+    this.#simulation.harmed = true;
     this.#pausedUntil = Math.max(this.#pausedUntil, this.#simulation.now + ms);
   }
 
@@ -232,6 +236,7 @@ export class Process {
       const broken = () => reject(new Error(`the connection broke at ${what}`));
       const latency = () => now() + between(0, 20);
       this.#resume(latency(), () => {
+        if (fate !== "answered" && fate !== "slow") simulation.harmed = true;
         simulation.log(() => `${this.name} ${what}${fate === "answered" ? "" : ` (${fate})`}`);
         if (fate === "request lost") return this.#resume(latency(), broken);
         if (fate === "late") {

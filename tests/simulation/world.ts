@@ -30,6 +30,12 @@ export function wrongChange(before: RowView | undefined, after: RowView | undefi
   if (!after) return `${named} is gone`;
   if (after.fence < before.fence) return `the fence of ${named} fell from ${before.fence} to ${after.fence}`;
   if (after.generation < before.generation) return `the generation of ${named} fell`;
+  const held = before.state === "claimed" && after.state === "claimed" && after.fence === before.fence;
+  if (held && after.untilMs < before.untilMs) return `the lease of ${named} was cut short`;
+  const ended = before.state === "rejected" || before.state === "uncertain";
+  if (ended && after.state === "claimed" && after.generation === before.generation) {
+    return `${named} was ${before.state}, and runs again`;
+  }
   if (before.state !== "done") return undefined;
   if (after.state !== "done") return `${named} was done, and is ${after.state}`;
   return after.result === before.result ? undefined : `the result of ${named} was overwritten`;
@@ -225,6 +231,7 @@ export class Target {
         signal.addEventListener("abort", () => reject(new Error("given up: its lease was about to end")), { once: true });
         const late = zombie();
         if (late && !process.wasPaused) simulation.violate(`${process.name} called the target for ${id} without a lease`);
+        if (fate && fate !== "busy") simulation.harmed = true;
         simulation.log(() => `${process.name} calls the target for ${id}${fate ? ` (${fate})` : ""}`);
         const soon = () => simulation.between(0, 20);
         const answer = (settle: () => void) => process.later(soon(), settle);
@@ -280,7 +287,7 @@ export class Target {
   find(process: Process, faults: Faults, idempotencyKey: string): Promise<Found<Json>> {
     const simulation = this.#simulation;
     return process.call(`asks the target about ${idempotencyKey}`, faults, (): Promise<Found<Json>> => {
-      if (simulation.chance(faults.slow ?? 0)) return Promise.resolve({ state: "unknown" });
+      if (simulation.chance(faults.slow ? 0.3 : 0)) return Promise.resolve({ state: "unknown" });
       const found = this.ledger.findIndex((execution) => execution.idempotencyKey === idempotencyKey);
       return Promise.resolve(found < 0 ? { state: "absent" } : { state: "done", result: { payment: found + 1 } });
     });

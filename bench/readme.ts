@@ -1,0 +1,79 @@
+/**
+ * Writes the README's figures from the raw results that were measured last.
+ *
+ * @module
+ */
+import type { DedupeRow } from "./dedupe.ts";
+import type { RelayRow } from "./relay.ts";
+
+interface Result<Row> {
+  readonly at: string;
+  readonly machine: string;
+  readonly versions: Readonly<Record<string, string>>;
+  readonly rows: readonly Row[];
+}
+
+const [START, END] = ["<!-- figures: written by `deno task bench readme` -->", "<!-- end of figures -->"];
+
+async function last<Row>(name: string): Promise<Result<Row>> {
+  const lines = (await Deno.readTextFile(new URL(`results/${name}.jsonl`, import.meta.url))).trimEnd().split("\n");
+  return JSON.parse(lines.at(-1)!);
+}
+
+function table(head: readonly string[], rows: readonly (readonly (string | number)[])[]): string {
+  const all = [head.map(String), head.map((_, i) => i === 0 ? "---" : "--:"), ...rows.map((row) => row.map(String))];
+  return all.map((row) => `| ${row.join(" | ")} |`).join("\n");
+}
+
+const grouped = (value: number): string => value.toLocaleString("en");
+
+/** The figures, in Markdown. */
+export async function figures(): Promise<string> {
+  const dedupe = await last<DedupeRow>("dedupe");
+  const relay = await last<RelayRow>("relay");
+  const size = await last<{ readonly gzipBytes: number }>("size");
+  const us = (value: number | null) => value === null ? "" : `${value} µs`;
+  const times = (value: number | null) => value === null ? "" : `${value.toFixed(2)} ×`;
+  return [
+    `Measured on ${dedupe.machine}; deno ${dedupe.versions.deno}, better-sqlite3 ${dedupe.versions["better-sqlite3"]}.`,
+    "",
+    "What the dedupe row costs: one transaction with an insert of the application, without a claim, with a dedupe row written " +
+    "by hand (a key and a time), and with `effects.claim`. Commits are durable in all three.",
+    "",
+    table(
+      ["adapter, case", "without", "by hand", "with a claim", "by hand / without", "claim / without"],
+      dedupe.rows.map((row) => [
+        `${row.adapter}, ${row.case}`,
+        us(row.baseUs),
+        us(row.handUs),
+        us(row.dedupeUs),
+        times(row.handRatio),
+        times(row.ratio),
+      ]),
+    ),
+    "",
+    "A relay that drains an outbox in SQLite (200 bytes a value, `node:sqlite`), one process each; the target is a local HTTP " +
+    "server that does nothing:",
+    "",
+    table(
+      ["", "rows", "rows/s", "peak memory"],
+      relay.rows.map((row) => [row.case, grouped(row.rows), grouped(row.rowsPerSecond), `${row.peakMb} MB`]),
+    ),
+    "",
+    `\`mod.ts\`, minified and compressed: ${(size.rows[0]!.gzipBytes / 1000).toFixed(1)} kB.`,
+  ].join("\n");
+}
+
+/** The README with its figures as they should be. */
+export async function withFigures(readme: string): Promise<string> {
+  const [before, after] = [readme.indexOf(START), readme.indexOf(END)];
+  if (before < 0 || after < before) throw new Error("The README has no place for figures");
+  return `${readme.slice(0, before + START.length)}\n\n${await figures()}\n\n${readme.slice(after)}`;
+}
+
+/** Puts the figures into the README. */
+export async function writeFigures(): Promise<void> {
+  const path = new URL("../README.md", import.meta.url);
+  await Deno.writeTextFile(path, await withFigures(await Deno.readTextFile(path)));
+  await new Deno.Command(Deno.execPath(), { args: ["fmt", "-q", path.pathname] }).output();
+}
