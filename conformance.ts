@@ -3138,10 +3138,11 @@ export const relayCases: readonly Case<RelayHarness>[] = [
     expectEqual(world.events.at(-1), { type: "stopped", relay: "mail", ...report }, "the last event");
     for (const event of world.events) {
       expectEqual(event.relay, "mail", "the relay of an event");
-      expectEqual(JSON.parse(JSON.stringify(event)), event, "an event read back from JSON");
+      const written = "time" in event ? { ...event, time: event.time.toISOString() } : event;
+      expectEqual(JSON.parse(JSON.stringify(event)), written, "an event read back from JSON");
       if (!("id" in event)) continue;
-      const { id, topic, key } = event;
-      expectEqual([topic, key], ["orders", id.slice(0, 1)], "topic and key of an event");
+      const { id, topic, key, time } = event;
+      expectEqual([topic, key, time.getTime()], ["orders", id.slice(0, 1), EPOCH], "topic, key and time of an event");
     }
     const delivered = world.of("delivered").find(({ id }) => id === "a1");
     expectEqual([delivered?.attempt, delivered?.found], [1, false], "attempt and found");

@@ -521,13 +521,18 @@ async function openSession(
 
       state = "broken";
       untouched = false;
-      if (size > end) await cut();
-      if (end === 0) {
-        // In this order: a file with a header has a durable name, and one with a batch a durable header.
-        await syncDirectory(path);
-        await append(formatHeader(owner));
+      try {
+        if (size > end) await cut();
+        if (end === 0) {
+          // In this order: a file with a header has a durable name, and one with a batch a durable header.
+          await syncDirectory(path);
+          await append(formatHeader(owner));
+        }
+        await append(join([lines, position]));
+      } catch (error) {
+        // Such as a full disk: it may pass.
+        throw new Error(`Cannot write ${name}: ${(error as Error).message}`, { cause: error });
       }
-      await append(join([lines, position]));
       const { n, uid, prev, rows } = batch;
       last = { n, uid, prev, rows };
       state = "open";

@@ -228,14 +228,37 @@ function resultCode(error: unknown): number {
   const { errcode, errno, code } = error as { errcode?: unknown; errno?: unknown; code?: unknown };
   if (typeof errcode === "number") return errcode & 0xff; // node:sqlite
   if (typeof errno === "number") return errno & 0xff; // bun:sqlite
+  if (code === "ERR_SQLITE_ERROR") return TEXTS[error.message] ?? 1;
   const name = typeof code === "string" ? /^SQLITE_([A-Z]+)/.exec(code)?.[1] : undefined; // better-sqlite3
   return name === undefined ? 0 : CODES[name] ?? 1;
 }
 const CODES: Readonly<Record<string, number>> = {
   ...{ BUSY: 5, LOCKED: 6, NOMEM: 7, READONLY: 8, IOERR: 10, CORRUPT: 11, FULL: 13, CANTOPEN: 14, NOTADB: 26 },
 };
+/** For `DatabaseSync.exec()`, whose errors have no errcode in Deno. */
+const TEXTS: Readonly<Record<string, number>> = {
+  "database is locked": 5,
+  "database table is locked": 6,
+  "out of memory": 7,
+  "attempt to write a readonly database": 8,
+  "disk I/O error": 10,
+  "database disk image is malformed": 11,
+  "database or disk is full": 13,
+  "unable to open database file": 14,
+  "file is not a database": 26,
+};
 const isBusy = (error: unknown): boolean => [5, 6].includes(resultCode(error));
 const isOurs = (error: unknown): boolean => Object.values(CODES).includes(resultCode(error));
+/** What a person can do about an error of the database's own. */
+const ADVICE: Readonly<Record<number, string>> = {
+  8: "Its file and its folder must be writable",
+  10: "Look at its disk, and at the quota there",
+  11: "Restore it from a backup",
+  13: "Make room on its disk",
+  26: "Put the database back in its place",
+};
+/** Those that no waiting heals. */
+const HOPELESS = [8, 11, 26];
 
 /** What this module does with one client, whichever store or outbox asks. */
 interface Connection {
@@ -259,6 +282,8 @@ interface Database {
   alone<T>(run: () => T): Promise<T>;
   /** As write, with awaits in it. */
   transaction<T>(run: () => Promise<T>): Promise<T>;
+  /** Throws the error of a statement of that transaction, which goes on: to be rolled back. */
+  keepOpen(error: unknown): never;
 }
 
 function connectionOf(client: SqliteClient, name: string): Connection {
@@ -279,6 +304,9 @@ function connectionOf(client: SqliteClient, name: string): Connection {
   return connection;
 }
 
+const READ = "begin";
+const WRITE = "begin immediate";
+
 function open(client: SqliteClient, options: SqliteOptions, checks = true): Database {
   const { name = "sqlite", waitMs = 5_000, now = Date.now } = options;
   const connection = connectionOf(client, name);
@@ -286,7 +314,7 @@ function open(client: SqliteClient, options: SqliteOptions, checks = true): Data
 
   function begin(sql: string): void {
     try {
-      prepared();
+      prepared(sql);
       // Waiting in the driver would block the thread, and with it the renewal of leases.
       if (connection.timeoutMs > 20) prepare("pragma busy_timeout = 0").get();
       try {
@@ -326,21 +354,23 @@ function open(client: SqliteClient, options: SqliteOptions, checks = true): Data
       }
     }
   }
-  /** Says which database it was that has no space left. */
+  /** Says which database it was that has no space left, and what to do. */
   async function named<T>(answer: Promise<T>, whose = (error: unknown) => resultCode(error) !== 0): Promise<T> {
     try {
       return await answer;
     } catch (error) {
       if (!whose(error)) throw error;
-      throw new Error(`Cannot use ${name}: ${(error as Error).message}`, { cause: error });
+      const code = resultCode(error);
+      const message = `Cannot use ${name}: ${(error as Error).message}${code in ADVICE ? `. ${ADVICE[code]}` : ""}`;
+      if (HOPELESS.includes(code)) throw new EffectError("source_invalid", message, { cause: error });
+      throw new Error(message, { cause: error });
     }
   }
-  function prepared(): void {
-    if (!checks || connection.checked) return;
-    checkSchema(prepare, name);
-    // A claim that a power cut takes back is an effect that runs twice. WAL builds often default to NORMAL.
-    // This cannot change inside a transaction, so it is set before the first one.
-    prepare("pragma synchronous = full").run();
+  function prepared(sql: string): void {
+    if (!checks || connection.checked && sql === READ) return;
+    if (!connection.checked) checkSchema(prepare, name);
+    // Each time: whoever shares the connection may have set something else since.
+    makeDurable(prepare, name);
     connection.checked = true;
   }
   function within<T>(sql: string, run: () => T): () => T {
@@ -360,25 +390,59 @@ function open(client: SqliteClient, options: SqliteOptions, checks = true): Data
     name,
     now,
     prepare,
-    read: (run) => named(patiently(within("begin", run))),
-    write: (run) => named(patiently(within("begin immediate", run))),
+    read: (run) => named(patiently(within(READ, run))),
+    write: (run) => named(patiently(within(WRITE, run))),
     alone: (run) => patiently(run),
     transaction: (run) =>
       named(
         patiently(async () => {
-          begin("begin immediate");
+          begin(WRITE);
           try {
             const answer = await run();
             prepare("commit").run();
             return answer;
           } catch (error) {
             rollback();
-            throw error;
+            if (!(error instanceof Error && /no transaction is active/.test(error.message))) throw error;
+            const why = "was ended by an error that its function caught: let the database's own errors through";
+            throw new EffectError("source_invalid", `The transaction on ${name} ${why}`, { cause: error });
           }
         }),
         isOurs,
       ),
+    keepOpen(error) {
+      try {
+        // Some errors end the transaction (https://sqlite.org/lang_transaction.html). If the function catches this one, what
+        // it writes next must not commit by itself.
+        prepare(WRITE).run();
+      } catch {
+        // It is still open.
+      }
+      throw error;
+    },
   };
+}
+
+/**
+ * Makes the commits of a connection survive a power cut: a claim that one takes back is an effect that runs twice. WAL builds
+ * often default to less. None of this can change inside a transaction.
+ */
+function makeDurable(prepare: Database["prepare"], name: string): void {
+  const valueOf = (pragma: string) => Object.values(prepare(`pragma ${pragma}`).get() as Record<string, unknown>)[0];
+  const journal = valueOf("journal_mode");
+  if (journal === "memory" || journal === "off") {
+    const { file } = prepare("pragma database_list").get() as { file: string | null };
+    if (!file) return; // A database in memory promises nothing beyond its process.
+    const why = `its journal_mode is ${journal}, which does not survive a crash`;
+    throw new EffectError("source_invalid", `Cannot use ${name}: ${why}. Set another on this connection, such as wal`);
+  }
+  // Without WAL a commit is the removal of a file, which only EXTRA makes durable: https://sqlite.org/pragma.html#pragma_synchronous
+  const [level, least] = journal === "wal" ? ["full", 2] as const : ["extra", 3] as const;
+  if (Number(valueOf("synchronous")) >= least) return;
+  prepare(`pragma synchronous = ${level}`).run();
+  if (Number(valueOf("synchronous")) >= least) return;
+  const why = `its synchronous cannot be set to ${level}, so a power cut may take commits back`;
+  throw new EffectError("source_invalid", `Cannot use ${name}: ${why}`);
 }
 
 function checkSchema(prepare: Database["prepare"], name: string): void {
@@ -639,7 +703,8 @@ export function sqliteStore<Client extends SqliteClient>(client: Client, options
     }),
     transaction: (run) =>
       database.transaction(async () => {
-        const { effects, guard } = handle(runOn(client), now);
+        const onClient = runOn(client);
+        const { effects, guard } = handle((sql, values) => onClient(sql, values).catch(database.keepOpen), now);
         const answer = await run(effects, client);
         guard.check();
         return answer;

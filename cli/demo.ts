@@ -66,7 +66,7 @@ async function run(
   await Deno.mkdir(folder);
   const path = `${folder}/app.db`;
   const ledger = `${folder}/ledger.jsonl`;
-  const database = await openDatabase("store", `sqlite:${path}`, true);
+  const database = await openDatabase("--store", `sqlite:${path}`, true);
   const payments = start("./demo_payments.ts", [ledger, mode], "piped");
   try {
     await database.migrate();

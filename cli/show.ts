@@ -1,24 +1,33 @@
 /**
- * What `relay` shows: the guarantee, what a person must know, and on a terminal a live line.
+ * What `relay` shows: the guarantee, what a person must know, and on a terminal a live line for all relays together.
  *
  * @module
  */
 import type { Outbox, RelayEvent } from "../mod.ts";
+import { pageOf } from "./errors.ts";
 
-/** How to show a relay. */
+/** A relay that is shown. */
+export interface ShownRelay {
+  /** Its name. */
+  readonly name: string;
+  /** Asked for what is pending. */
+  readonly source: Outbox;
+  /** The flags with which `effects` finds what is parked or in doubt. */
+  readonly advice: string;
+}
+
+/** How to show relays. */
 export interface ShowOptions {
+  /** The relays. Where there are several, each line begins with the name of its relay. */
+  readonly relays: readonly ShownRelay[];
   /** One event a line, as JSON. */
   readonly json: boolean;
   /** The messages themselves go to stdout, so that everything else goes to stderr. */
   readonly messagesOnStdout: boolean;
-  /** Whether the relay stops at the end: there is a whole to be at some part of. */
+  /** Whether the relays stop at the end: there is a whole to be at some part of. */
   readonly drain: boolean;
-  /** The flags with which `effects` finds what is parked or in doubt. */
-  readonly advice: string;
   /** Called when nobody reads what is shown any more. */
   gone(): void;
-  /** Asked for what is pending. */
-  readonly outbox: Outbox;
 }
 
 /** Shows events. */
@@ -31,8 +40,8 @@ export interface Shown {
 
 const encoder = new TextEncoder();
 
-/** Makes the observer of a relay that runs in a terminal, or in a script. */
-export function showRelay({ json, messagesOnStdout, drain, outbox, advice, gone }: ShowOptions): Shown {
+/** Makes the observer of relays that run in a terminal, or in a script. */
+export function showRelays({ relays, json, messagesOnStdout, drain, gone }: ShowOptions): Shown {
   const out = messagesOnStdout ? Deno.stderr : Deno.stdout;
   const live = !json && Deno.stderr.isTerminal();
   const counts = { delivered: 0, parked: 0, uncertain: 0 };
@@ -52,32 +61,36 @@ export function showRelay({ json, messagesOnStdout, drain, outbox, advice, gone 
     }
   };
   const clear = () => live && raw(Deno.stderr, "\r\x1b[K");
-  const line = (text: string) => {
+  const print = (text: string) => {
     clear();
     raw(out, `${text}\n`);
   };
   async function tick(): Promise<void> {
     const start = performance.now();
-    const status = await outbox.status().catch(() => undefined);
+    const all = await Promise.all(relays.map(({ source }) => source.status())).catch(() => undefined);
     if (timer === undefined) return;
     const tookMs = performance.now() - start;
     timer = setTimeout(tick, Math.max(1000, tookMs * 10)); // Counting a million rows takes a while.
-    if (!status) return;
+    if (!all) return;
+    const pending = all.reduce((sum, status) => sum + status.pending, 0);
+    const parked = all.reduce((sum, status) => sum + status.parked, 0);
+    const oldestMs = Math.max(...all.map((status) => status.oldestMs ?? -1));
     const rate = Math.round((counts.delivered - before) * 1000 / (start - since));
     before = counts.delivered;
     since = start;
-    const age = status.oldestMs === null ? "" : ` · oldest ${Math.round(status.oldestMs / 1000)} s`;
-    const total = counts.delivered + status.pending;
+    const age = oldestMs < 0 ? "" : ` · oldest ${Math.round(oldestMs / 1000)} s`;
+    const total = counts.delivered + pending;
     const part = total === 0 ? 1 : counts.delivered / total;
     const bar = drain ? `[${"#".repeat(Math.floor(part * 20)).padEnd(20, ".")}] ${Math.floor(part * 100)} % · ` : "";
-    const doubt = `${status.parked} parked · ${counts.uncertain} in doubt`;
-    raw(Deno.stderr, `\r\x1b[K${bar}${rate}/s · ${status.pending} pending · ${doubt}${age}`);
+    const doubt = `${parked} parked · ${counts.uncertain} in doubt`;
+    raw(Deno.stderr, `\r\x1b[K${bar}${rate}/s · ${pending} pending · ${doubt}${age}`);
   }
   function tell(event: RelayEvent): void {
+    const line = (text: string) => print(relays.length > 1 ? `${event.relay}: ${text}` : text);
     switch (event.type) {
       case "started": {
         const { level, protocol, reasons } = event.guarantee;
-        line(`relay "${event.relay}": ${event.from} -> ${event.to}`);
+        line(`${relays.length > 1 ? "" : `relay "${event.relay}": `}${event.from} -> ${event.to}`);
         line(`${level} (${protocol}), because ${reasons.join("; ")}`);
         break;
       }
@@ -92,11 +105,17 @@ export function showRelay({ json, messagesOnStdout, drain, outbox, advice, gone 
       case "repaired":
         line(`repaired: the source had lost ${event.batches} delivered batches (${event.ids.length} messages)`);
         break;
-      case "stopped":
+      case "stopped": {
+        const find = `effects list ${relays.find(({ name }) => name === event.relay)!.advice} --state`;
         line(`stopped: ${event.delivered} delivered, ${event.parked} parked, ${event.uncertain} in doubt`);
-        if (event.uncertain > 0) line(`find out what became of them: effects list ${advice} --state uncertain`);
-        if (event.parked > 0) line(`see why, then effects retry or discard them: effects list ${advice} --state parked`);
+        if (event.uncertain > 0) {
+          line(`find out what became of them: ${find} uncertain (see ${pageOf("uncertain")})`);
+        }
+        if (event.parked > 0) {
+          line(`see why, then effects retry or discard them: ${find} parked (see ${pageOf("parked")})`);
+        }
         break;
+      }
     }
   }
   return {

@@ -535,7 +535,7 @@ Deno.test("a signal stops relays into a file and into stdout as well, with exit 
     const running = at.start(relayTo(url));
     await at.enqueue({ value: "seen" });
     if (url === "stdout:") await running.until((line) => line.includes("seen"));
-    else while ((await at.status()).outbox.pending > 0);
+    else await until(async () => (await at.status()).outbox.pending === 0);
     const { code, stdout, stderr } = await running.stop("SIGTERM");
     assertEquals(code, 0);
     assertSays(stdout + stderr, ["stopped: 1 delivered"]);

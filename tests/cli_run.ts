@@ -25,19 +25,30 @@ export interface Given {
   readonly deadlineMs?: number;
   /** Runs as somebody who may only do what the file modes say: root may do all. */
   readonly nobody?: boolean;
+  /** Deno's own flags, such as permissions; by default everything is allowed. */
+  readonly deno?: readonly string[];
+}
+
+/** A command line, and what the environment holds for it alone. */
+export interface Line {
+  readonly args: readonly string[];
+  readonly env: Readonly<Record<string, string>>;
 }
 
 /** A command that runs on, until it is told to stop. */
 export class Running {
   readonly #child: Deno.ChildProcess;
-  readonly #stderr: Promise<string>;
+  readonly #ended: Promise<void>;
+  #stderr = "";
   readonly #reader: ReadableStreamDefaultReader<string>;
   /** The lines of stdout so far. */
   readonly lines: string[] = [];
   #rest = "";
   constructor(child: Deno.ChildProcess) {
     this.#child = child;
-    this.#stderr = new Response(child.stderr).text();
+    this.#ended = (async () => {
+      for await (const text of child.stderr.pipeThrough(new TextDecoderStream())) this.#stderr += text;
+    })();
     this.#reader = child.stdout.pipeThrough(new TextDecoderStream()).getReader();
   }
   get pid(): number {
@@ -60,7 +71,21 @@ export class Running {
   /** Reads on until a line that fits. */
   async until(fits: (line: string) => boolean): Promise<string> {
     for (let line; (line = await this.#line()) !== undefined;) if (fits(line)) return line;
-    throw new Error(`The command ended early. stdout:\n${this.lines.join("\n")}\nstderr:\n${await this.#stderr}`);
+    await this.#ended;
+    throw new Error(`The command ended early. stdout:\n${this.lines.join("\n")}\nstderr:\n${this.#stderr}`);
+  }
+  /** Waits until stderr says something. */
+  async said(pattern: RegExp): Promise<RegExpExecArray> {
+    let over = false;
+    this.#ended.then(() => over = true);
+    await until(() => pattern.test(this.#stderr) || over);
+    const found = pattern.exec(this.#stderr);
+    assert(found, `It should say ${pattern}, but says: ${this.#stderr}`);
+    return found;
+  }
+  /** Waits until it listens; answers where. */
+  async listening(): Promise<string> {
+    return (await this.said(/listening.*(http:\/\/[^"\s]+)/))[1]!;
   }
   /** Reads on until a JSON event of a type. */
   async event(type: string): Promise<Record<string, unknown>> {
@@ -73,7 +98,8 @@ export class Running {
   async ended(): Promise<Ended & { readonly signal: Deno.Signal | null }> {
     while (await this.#line() !== undefined);
     const { code, signal } = await this.#child.status;
-    return { code, signal, stdout: this.lines.map((line) => `${line}\n`).join("") + this.#rest, stderr: await this.#stderr };
+    await this.#ended;
+    return { code, signal, stdout: this.lines.map((line) => `${line}\n`).join("") + this.#rest, stderr: this.#stderr };
   }
   async stop(signal: Deno.Signal = "SIGINT"): Promise<Ended> {
     this.kill(signal);
@@ -91,12 +117,17 @@ export class Box implements AsyncDisposable {
   path(name: string): string {
     return `${this.folder}/${name}`;
   }
-  #command(args: readonly string[], { env, nobody }: Given, stdin: "piped" | "null", script = CLI): Deno.Command {
+  #command(
+    args: readonly string[],
+    { env, nobody, deno = ["-A"] }: Given,
+    stdin: "piped" | "null",
+    script = CLI,
+  ): Deno.Command {
     const command = nobody
       ? ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", Deno.execPath()]
       : [Deno.execPath()];
     return new Deno.Command(command[0]!, {
-      args: [...command.slice(1), "run", "-A", "--quiet", script, ...args],
+      args: [...command.slice(1), "run", ...deno, "--quiet", script, ...args],
       cwd: this.folder,
       // No colours, whatever started the tests.
       env: { NO_COLOR: "1", ...env },
@@ -110,8 +141,9 @@ export class Box implements AsyncDisposable {
     return await this.#run(args, given, CLI);
   }
   /** Runs command lines one after the other, in one process: for those that only say something. */
-  async many(lines: readonly (readonly string[])[], env: Given["env"] = {}): Promise<Ended[]> {
-    const { code, stdout, stderr } = await this.#run([], { stdin: JSON.stringify(lines), env, deadlineMs: 60_000 }, MANY);
+  async many(lines: readonly (readonly string[] | Line)[], env: Given["env"] = {}): Promise<Ended[]> {
+    const stdin = JSON.stringify(lines.map((line) => "args" in line ? line : { args: line, env: {} }));
+    const { code, stdout, stderr } = await this.#run([], { stdin, env, deadlineMs: 60_000 }, MANY);
     assertEquals([code, stderr], [0, ""]);
     return JSON.parse(stdout);
   }
@@ -215,7 +247,11 @@ export function assertSentence(stderr: string): void {
   for (const part of ["    at ", "Stack backtrace", "file:///", "[object", "undefined", "is not a function", "Uncaught"]) {
     assert(!stderr.includes(part), `${JSON.stringify(part)} is not for a person to read: ${stderr}`);
   }
-  assertMatch(stderr, /^effectonce: \S[^\n]*\S\n(See: [^\n]+\n)?$/, `not one clear sentence: ${stderr}`);
+  assertMatch(
+    stderr,
+    /^effectonce: \S[^\n]*\S\n(See: [^\n]+\n|See docs\/operations\.md#[a-z_]+\n)?$/,
+    `not one clear sentence: ${stderr}`,
+  );
 }
 
 /** A usage error: exit code 2, one sentence that says what is meant, where help is, and nothing on stdout. */
@@ -325,10 +361,10 @@ export function deadUrl(): string {
   return `http://127.0.0.1:${port}/charge`;
 }
 
-/** Waits for a condition of the test's own process, without a guess how long it takes. */
-export async function until(condition: () => boolean): Promise<void> {
+/** Waits for a condition, without a guess how long it takes. */
+export async function until(condition: () => boolean | Promise<boolean>): Promise<void> {
   const start = performance.now();
-  while (!condition()) {
+  while (!await condition()) {
     // Far longer than it ever takes: a test that fails is better than one that hangs.
     if (performance.now() - start > 20_000) throw new Error(`Not within 20 s: ${condition}`);
     await new Promise((resolve) => setTimeout(resolve, 5));

@@ -154,6 +154,7 @@ export const mutants: readonly Mutant[] = [
     "the relay repeats after an unknown outcome, whatever the target",
     `&& (known !== undefined || repeat !== "never")`,
     ``,
+    "the store remembers the attempt and refuses the next claim: two walls",
   ),
   core(
     "the relay takes an unknown outcome for none",

@@ -85,7 +85,12 @@ async function sqliteStorage(simulation: Simulation): Promise<Storage> {
   const options = { now: () => simulation.now };
   await migrateSqlite(client as SqliteClient, options);
   const store = sqliteStore(client as SqliteClient, options);
-  const all = (sql: string) => client.prepare(sql).all() as Record<string, string | number | null>[];
+  const statements = new Map<string, ReturnType<typeof client.prepare>>();
+  const all = (sql: string) => {
+    const statement = statements.get(sql) ?? client.prepare(sql);
+    statements.set(sql, statement);
+    return statement.all() as Record<string, string | number | null>[];
+  };
   return {
     outbox: sqliteOutbox(client as SqliteClient, options),
     claims: store,
@@ -116,7 +121,7 @@ async function sqliteStorage(simulation: Simulation): Promise<Storage> {
 }
 
 /** A source as one process reaches it. */
-function remoteSource(process: Process, source: Source, faults: () => Faults): Source {
+function remoteSource(process: Process, source: Source, faults: () => Faults, onParked: () => void): Source {
   return {
     name: source.name,
     seals: source.seals,
@@ -128,15 +133,20 @@ function remoteSource(process: Process, source: Source, faults: () => Faults): S
           ...session,
           read: (limits) => call("read", () => session.read(limits)),
           settle: (messages) => call(`settle ${messages.map(({ id }) => id).join(" ")}`, () => session.settle(messages)),
-          park: (parks) =>
-            call(
+          park: (parks) => {
+            if (parks.some(({ retryMs }) => retryMs === null)) onParked();
+            return call(
               parks.map(({ message, retryMs }) => `park ${message.id} ${retryMs === null ? "for good" : `${retryMs} ms`}`)
                 .join(", "),
               () => session.park(parks),
-            ),
+            );
+          },
           settled: () => call("settled", () => session.settled()),
           seal: (ring, limits) => call(`seal behind ${ring.at(-1)?.n ?? 0}`, () => session.seal(ring, limits)),
-          unseal: (ring, parks) => call("unseal", () => session.unseal(ring, parks)),
+          unseal: (ring, parks) => {
+            if (parks.some(({ retryMs }) => retryMs === null)) onParked();
+            return call("unseal", () => session.unseal(ring, parks));
+          },
           renew: () => call("renew source", () => session.renew()),
           close: (settled) => call("close source", () => session.close(settled)),
         };
@@ -421,11 +431,13 @@ async function playRelays(simulation: Simulation, kind: Kind, folder: string): P
         isZombie(simulation, storage.effect({ scope: SCOPE, key: id }), idempotencyKey, attempt),
     );
   }
+  /** Where a parked message lets the later ones pass, there is no order any more. */
+  let parkings = 0;
   const places = kind === "plain" ? simulation.pick([1, 1, 2]) : simulation.pick([1, 2, 2, 3]);
   const fleet = supervise(simulation, places, (process, signal) =>
     relay({
       ...shared,
-      from: remoteSource(process, storage.outbox, faults.calls),
+      from: remoteSource(process, storage.outbox, faults.calls, () => parkings++),
       to: sinkOf(process),
       store: kind === "plain" ? undefined : remoteStore(simulation, process, storage.claims, faults.calls, storage.effect),
       signal,
@@ -443,13 +455,16 @@ async function playRelays(simulation: Simulation, kind: Kind, folder: string): P
     });
   }
   if (atomic && simulation.chance(0.5)) {
+    // Each return abandons what happened since its snapshot, and the snapshots of that time with it.
+    const abandoned: { readonly from: number; readonly to: number }[] = [];
     for (let times = simulation.between(1, 3); times > 0; times--) {
       const from = simulation.between(0, 5000);
       simulation.at(from, () => {
         simulation.log(() => "a snapshot of the database");
         const restore = storage.snapshot();
         simulation.at(simulation.between(from, 8000), () => {
-          if (!raging) return;
+          if (!raging || abandoned.some((span) => span.from < from && from <= span.to)) return;
+          abandoned.push({ from, to: simulation.now });
           simulation.log(() => "THE DATABASE GOES BACK IN TIME");
           simulation.outside(async () => {
             await restore();
@@ -481,10 +496,9 @@ async function playRelays(simulation: Simulation, kind: Kind, folder: string): P
   // Who is paused wakes, and what is late arrives.
   await simulation.until(() => false, simulation.now + 2500);
   await reach(simulation, "rest after the faults ended", atRest);
-  const released = new Set<string>();
   for (let round = 0; storage.rows().some(({ id, state }) => state === "parked" && !poison.has(id)); round++) {
     if (round > 10) simulation.violate("an operator cannot get what is parked to go");
-    await simulation.outside(() => operate(simulation, storage, target, poison, released));
+    await simulation.outside(() => operate(simulation, storage, target, poison));
     await reach(simulation, "rest after an operator has cleared up", atRest);
   }
   await finish(simulation, fleet);
@@ -518,7 +532,7 @@ async function playRelays(simulation: Simulation, kind: Kind, folder: string): P
     const last = new Map<string, number>();
     for (const id of new Set(out)) {
       const { key } = messages.find((message) => message.id === id)!;
-      if (key === null || onPark === "skip" && released.size > 0) continue;
+      if (key === null || onPark === "skip" && parkings > 0) continue;
       const at = enqueued.indexOf(id);
       if (at < (last.get(key) ?? -1)) simulation.violate(`${id} of key ${key} was overtaken: ${out.join(" ")}`);
       last.set(key, at);
@@ -554,13 +568,11 @@ async function operate(
   storage: Storage,
   target: Target,
   poison: ReadonlySet<string>,
-  released: Set<string>,
 ): Promise<void> {
   for (const { id, reason } of await storage.outbox.parked()) {
     const [effect] = await storage.claims.list({ key: id });
     const key = { scope: SCOPE, key: id };
     simulation.log(() => `an operator looks at ${id}: ${effect?.state ?? "never claimed"}, ${reason}`);
-    released.add(id);
     if (poison.has(id)) {
       if (effect?.state === "uncertain") await storage.claims.resolve(key, { as: "rejected", reason: "by a person" });
       continue;

@@ -1,0 +1,74 @@
+/**
+ * What a relay is between: its flags taken together, its target, its databases.
+ *
+ * @module
+ */
+import type { Outbox } from "../mod.ts";
+import { reason, UsageError } from "./errors.ts";
+import type { Flags } from "./flags.ts";
+import { type Database, openDatabase, openSink } from "./open.ts";
+
+/** A relay whose flags make sense together; nothing is open yet. */
+export interface Plan {
+  /** Its name. */
+  readonly name: string;
+  /** Its flags. */
+  readonly flags: Flags;
+  /** Its target. */
+  readonly sink: ReturnType<typeof openSink>;
+}
+
+/** @throws {UsageError} If they do not. */
+export function planOf(flags: Flags): Plan {
+  const [min, max] = [flags.number("min-retry-ms")!, flags.number("max-retry-ms")!];
+  if (min > max) {
+    throw new UsageError(`${flags.label("min-retry-ms")} must be at most ${flags.label("max-retry-ms")}, which is ${max}`);
+  }
+  for (const other of ["store", "idempotent"]) {
+    if (flags.on("allow-duplicates") && flags.has(other)) {
+      throw new UsageError(`${flags.label("allow-duplicates")} makes no claims: it excludes ${flags.label(other)}`);
+    }
+  }
+  return { name: flags.text("name")!, flags, sink: openSink(flags) };
+}
+
+/** Where a relay's messages and claims are, open. */
+export interface Ends {
+  /** Its outbox. */
+  readonly source: Outbox;
+  /** The store of its claims. */
+  readonly store: Database["store"];
+  /** The database of its outbox, and that of its claims if it is another one. */
+  readonly databases: readonly Database[];
+}
+
+/** Opens the databases of a relay, each on a connection of its own, and has them closed at the end. */
+export async function openEnds(flags: Flags, closing: DisposableStack): Promise<Ends> {
+  const databases: Database[] = [];
+  const open = async (name: "from" | "store") => {
+    const database = await openDatabase(flags.label(name), flags.url(name)!);
+    closing.defer(() => database.close());
+    // A store that is not one should not be found out only with the first message.
+    await database.store.list({ limit: 1 });
+    databases.push(database);
+    return database;
+  };
+  const from = await open("from");
+  const store = flags.has("store") && flags.url("store") !== flags.url("from") ? await open("store") : from;
+  return {
+    source: from.outbox({ topics: flags.names("topics"), keep: flags.on("keep") }),
+    store: store.store,
+    databases,
+  };
+}
+
+/** Says which one of several relays has failed. */
+export async function blaming<T>(relays: readonly unknown[], name: string, run: () => Promise<T>): Promise<T> {
+  try {
+    return await run();
+  } catch (error) {
+    // A wrong value has its place in its sentence.
+    if (relays.length === 1 || error instanceof UsageError) throw error;
+    throw new Error(`relay "${name}": ${reason(error)}`, { cause: error });
+  }
+}

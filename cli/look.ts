@@ -1,0 +1,95 @@
+/**
+ * The commands `doctor` and `status`: what can be said of relays without running them.
+ *
+ * @module
+ */
+import { guarantee, type Outbox } from "../mod.ts";
+import { type Command, JSON_OUT, STORE, using } from "./command.ts";
+import { relaysOf } from "./config.ts";
+import { STATES } from "./effects.ts";
+import { blaming, openEnds, planOf } from "./ends.ts";
+import type { Flags } from "./flags.ts";
+import type { Database } from "./open.ts";
+import { print, seconds } from "./print.ts";
+import { RELAY_FLAGS } from "./relay_flags.ts";
+
+/** What is found out about each relay: with `--config` by name, without it of the one. */
+async function eachRelay(command: Flags, look: (flags: Flags) => Promise<Found>): Promise<number> {
+  const relays = relaysOf(command);
+  const found = [];
+  for (const flags of relays) {
+    const name = flags.text("name")!;
+    found.push({ name, ...await blaming(relays, name, () => look(flags)) });
+  }
+  const only = command.has("config") ? undefined : found[0]!;
+  print(
+    command,
+    only ? only.value : { relays: Object.fromEntries(found.map(({ name, value }) => [name, value])) },
+    only
+      ? only.text
+      : found.map(({ name, text }) => `relay "${name}"\n${text.trimEnd().replaceAll(/^/gm, "  ")}\n`).join(""),
+  );
+  return found.every(({ ok }) => ok) ? 0 : 1;
+}
+
+interface Found {
+  readonly value: unknown;
+  readonly text: string;
+  readonly ok: boolean;
+}
+
+async function diagnose(flags: Flags): Promise<Found> {
+  using closing = new DisposableStack();
+  const { sink } = planOf(flags);
+  const { source, store, databases } = await openEnds(flags, closing);
+  const promise = guarantee(source, sink, flags.on("allow-duplicates") ? undefined : store);
+  const checks = (await Promise.all(databases.map((database) => database.checks()))).flat();
+  const { level, protocol, reasons, conditions, stronger } = promise;
+  const lines = (title: string, texts: readonly string[]) =>
+    texts.length ? `${title}\n${texts.map((t) => `  ${t}\n`).join("")}` : "";
+  return {
+    value: { from: source.name, to: sink.name, ...promise, checks },
+    text: `${source.name} -> ${sink.name}: ${level} (protocol: ${protocol})\n` +
+      lines("because", reasons) + lines("on condition that", conditions) + lines("stronger", stronger) +
+      lines("checks", checks.map(({ what, ok, found }) => `${ok ? "ok " : "NO "} ${what}: ${found}`)),
+    ok: checks.every(({ ok }) => ok),
+  };
+}
+
+/** The command `doctor`. */
+export const DOCTOR: Command = {
+  summary: "which guarantee a relay would give, why, and what would make it stronger",
+  flags: RELAY_FLAGS,
+  example: "doctor --from sqlite:app.db --to http://127.0.0.1:8080/charge",
+  run: (command) => eachRelay(command, diagnose),
+};
+
+async function standing({ status }: Outbox, { count }: Database["store"]): Promise<Found> {
+  const { pending, parked, oldestMs } = await status();
+  const effects = await count();
+  const oldest = oldestMs === null ? "" : `, the oldest for ${seconds(oldestMs)}`;
+  return {
+    value: { outbox: { pending, parked, oldestMs }, effects },
+    text: `outbox   ${pending} pending${oldest}, ${parked} parked\n` +
+      `effects  ${STATES.map((state) => `${effects[state]} ${state}`).join(", ")}`,
+    ok: true,
+  };
+}
+
+/** The command `status`. */
+export const STATUS: Command = {
+  summary: "what is pending, parked and in doubt",
+  flags: { store: STORE, config: RELAY_FLAGS.config!, name: RELAY_FLAGS.name!, json: JSON_OUT },
+  example: "status --store sqlite:app.db --json",
+  run: (flags) =>
+    flags.has("config")
+      ? eachRelay(flags, async (flags) => {
+        using closing = new DisposableStack();
+        const { source, store } = await openEnds(flags, closing);
+        return await standing(source, store);
+      })
+      : using(flags, async ({ store, outbox }) => {
+        const { value, text } = await standing(outbox({}), store);
+        print(flags, value, text);
+      }),
+};

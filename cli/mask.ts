@@ -1,0 +1,34 @@
+/**
+ * What a person may see of a value that can hold a secret.
+ *
+ * @module
+ */
+
+const HIDDEN = "***";
+
+/** Whether it only names a variable: that is no secret, but what is none of a variable's name may be one. */
+const isVariable = (text: string): boolean => /^env:[A-Za-z_]\w*$/.test(text);
+
+/** A URL without user, password, fragment and the values of its query. */
+export function maskedUrl(url: string): string {
+  if (isVariable(url)) return url;
+  const [, scheme, host, path, query, hash] = /^([a-z][a-z0-9+.-]*:)(\/\/[^/\\?#]*)?([^?#]*)(\?[^#]*)?(#.*)?$/is.exec(url) ??
+    [];
+  if (scheme === undefined) return HIDDEN;
+  // A path of a file has neither.
+  if (host === undefined) return /^(sqlite|file|stdout):$/i.test(scheme) ? url : scheme + HIDDEN;
+  // Such as a password with a slash in it: nobody knows where it ends.
+  if (!URL.canParse(url)) return scheme + HIDDEN;
+  const shownQuery = query?.replace(/=[^&]*/g, `=${HIDDEN}`) ?? "";
+  return `${scheme}${host.replace(/\/\/.*@/s, `//${HIDDEN}@`)}${path}${shownQuery}${hash === undefined ? "" : `#${HIDDEN}`}`;
+}
+
+/** A header's value. */
+export function maskedHeader(value: string): string {
+  return isVariable(value) ? value : HIDDEN;
+}
+
+/** A word that is in the wrong place, and could be a URL that was meant for a flag. */
+export function maskedWord(word: string): string {
+  return /[@?]|:\/\//.test(word) ? maskedUrl(word) : word;
+}

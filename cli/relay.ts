@@ -1,0 +1,141 @@
+/**
+ * The command `relay`: runs one relay, or those of a file, in one process.
+ *
+ * @module
+ */
+import { relay, type RelayEvent, type RelayReport } from "../mod.ts";
+import type { Command } from "./command.ts";
+import { effectiveConfig, relaysOf } from "./config.ts";
+import { blaming, type Ends, openEnds, type Plan, planOf } from "./ends.ts";
+import type { Flags } from "./flags.ts";
+import { listen, parseAddress } from "./listen.ts";
+import { permitTarget } from "./open.ts";
+import { write } from "./print.ts";
+import { RELAY_FLAGS } from "./relay_flags.ts";
+import { showRelays } from "./show.ts";
+import { Watch } from "./watch.ts";
+
+/** Fires the signal that stops relays when the process is told to end; asked twice it ends at once. */
+function onSignals(stop: AbortController): Disposable {
+  const signals: readonly Deno.Signal[] = Deno.build.os === "windows" ? ["SIGINT"] : ["SIGINT", "SIGTERM"];
+  const onSignal = () => {
+    if (stop.signal.aborted) Deno.exit(130); // The effects under way stay in doubt.
+    if (Deno.stderr.isTerminal()) console.error("finishing the calls under way; once more leaves them in doubt");
+    stop.abort();
+  };
+  for (const signal of signals) Deno.addSignalListener(signal, onSignal);
+  return {
+    [Symbol.dispose]() {
+      for (const signal of signals) Deno.removeSignalListener(signal, onSignal);
+    },
+  };
+}
+
+/** Says on stderr, since stdout is for events, where the relays can be asked. */
+function tellAddress(url: string, json: boolean): void {
+  console.error(json ? JSON.stringify({ type: "listening", url }) : `listening on ${url}`);
+}
+
+function runOne(
+  { name, flags, source, sink, store }: Plan & Ends,
+  signal: AbortSignal,
+  observe: (event: RelayEvent) => void,
+): Promise<RelayReport> {
+  const allowDuplicates = flags.on("allow-duplicates");
+  return relay({
+    name,
+    from: source,
+    to: sink,
+    store: allowDuplicates ? undefined : store,
+    allowDuplicates,
+    drain: flags.on("drain"),
+    signal,
+    observe,
+    lanes: flags.number("lanes"),
+    batch: flags.number("batch"),
+    leaseMs: flags.number("lease-ms"),
+    attempts: flags.number("attempts"),
+    minRetryMs: flags.number("min-retry-ms"),
+    maxRetryMs: flags.number("max-retry-ms"),
+    settleMs: flags.number("settle-ms"),
+    pollMs: flags.number("poll-ms"),
+    onPark: flags.text("on-park") as "block" | "skip" | undefined,
+  });
+}
+
+async function runRelays(command: Flags): Promise<number> {
+  const relays = relaysOf(command);
+  const all = relays[0]!; // What concerns the process is the same in each.
+  const json = all.on("json");
+  if (command.on("print-config")) {
+    write(JSON.stringify(effectiveConfig(relays), null, json ? undefined : 2) + "\n");
+    return 0;
+  }
+  const plans = relays.map((flags) => ({
+    ...planOf(flags),
+    watch: new Watch(flags.text("name")!, flags.number("ready-ms")!),
+  }));
+  const address = all.has("listen") ? parseAddress(all.label("listen"), all.text("listen")!) : undefined;
+  for (const { flags } of plans) permitTarget(flags);
+
+  const drain = all.on("drain");
+  const stop = new AbortController();
+  await using closing = new AsyncDisposableStack();
+  closing.use(onSignals(stop));
+  const databases = closing.use(new DisposableStack());
+  // Closed before the databases, which it asks.
+  if (address) {
+    const server = closing.use(listen(address, plans.map(({ watch }) => watch), () => stop.signal.aborted));
+    tellAddress(server.url, json);
+  }
+  const opened: ((typeof plans)[number] & Ends)[] = [];
+  for (const plan of plans) {
+    const ends = await blaming(plans, plan.name, () => openEnds(plan.flags, databases));
+    plan.watch.open(ends);
+    opened.push({ ...plan, ...ends });
+  }
+  let unread = false;
+  const show = showRelays({
+    relays: opened.map(({ name, source, databases }) => ({ name, source, advice: `--store ${databases.at(-1)!.name}` })),
+    json,
+    messagesOnStdout: opened.some(({ sink }) => sink.name === "stdout"),
+    drain,
+    gone() {
+      unread = true;
+      stop.abort();
+    },
+  });
+  closing.defer(() => show.end());
+
+  const running = opened.map(async (one): Promise<RelayReport> => {
+    try {
+      return await blaming(opened, one.name, () =>
+        runOne(one, stop.signal, (event) => {
+          one.watch.event(event);
+          show.event(event);
+        }));
+    } catch (error) {
+      stop.abort(); // Better none than some of them: whoever restarts the process starts all.
+      throw error;
+    }
+  });
+  const outcomes = await Promise.allSettled(running);
+  const errors = outcomes.flatMap((outcome) => outcome.status === "rejected" ? [outcome.reason as unknown] : []);
+  if (errors.length > 0) throw errors.length > 1 ? new AggregateError(errors) : errors[0];
+  if (unread) throw new Error("nobody reads what the relay prints: it has stopped");
+  const left = outcomes.some((outcome) =>
+    outcome.status === "fulfilled" && outcome.value.parked + outcome.value.uncertain > 0
+  );
+  return drain && left ? 1 : 0;
+}
+
+/** The command `relay`. */
+export const RELAY: Command = {
+  summary: "deliver outboxes into targets",
+  flags: {
+    ...RELAY_FLAGS,
+    "print-config": { kind: "switch", help: "run nothing: print what would hold, and where each value comes from" },
+  },
+  example: "relay --from sqlite:app.db --to http://127.0.0.1:8080/charge --idempotent",
+  run: runRelays,
+};
