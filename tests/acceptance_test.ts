@@ -330,7 +330,7 @@ sqliteTest(
 
 /** Each differs from another one only in case, accent, normal form, space, width, or behind the 255th character. */
 const ALIKE = [
-  ...["Order-1", "order-1", "ORDER-1", "Order-1 ", " Order-1", "Order-1\t", "Order-1\u00a0", "Order\u200b-1", "Order%2D1"],
+  ...["Order-1", "order-1", "ORDER-1", "Order-1 ", " Order-1", "Order-1\t", "Order-1\u00a0", "Order\u200b-1", "Order-1%20"],
   ...[
     "\u00d6rder-1",
     "O\u0308rder-1",
@@ -546,13 +546,16 @@ Deno.test("a call to a target that does not dedupe, interrupted by SIGKILL, is n
 });
 
 /** A target that remembers an idempotency key for a day by this clock, and charges whenever it does not know one. */
-function forgetful(target: Target, now: () => number): { readonly charges: string[] } {
+function forgetful(target: Target, now: () => number, losesEach = false): { readonly charges: string[] } {
   const charges: string[] = [];
   const known = new Map<string, number>();
   target.answer = ({ key }) => {
-    if (now() - (known.get(key) ?? -Infinity) <= DAY) return Response.json({ paid: key });
-    known.set(key, now());
-    charges.push(key);
+    const repeated = now() - (known.get(key) ?? -Infinity) <= DAY;
+    if (repeated && !losesEach) return Response.json({ paid: key });
+    if (!repeated) {
+      known.set(key, now());
+      charges.push(key);
+    }
     return new Response("the answer was lost on its way", { status: 502 });
   };
   return { charges };
@@ -586,7 +589,7 @@ sqliteTest(
     await using target = new Target();
     let now = Date.now();
     const store = sqliteStore(at.open(), { now: () => now });
-    const { charges } = forgetful(target, () => now);
+    const { charges } = forgetful(target, () => now, true);
     async function call(): Promise<Json> {
       const headers = { "idempotency-key": "charge:order-1" };
       const response = await fetch(target.url, { method: "POST", headers });
@@ -596,8 +599,10 @@ sqliteTest(
     }
     const charge = () => once(store, KEY, call, { repeat: "same-key", dedupeWindowMs: DAY });
     await assertRejects(charge, Error, "lost on its way");
-    now += 1.1 * DAY;
-    assertEquals([await codeOf(charge), charges.length], ["uncertain", 1]);
+    now += 0.5 * DAY;
+    await assertRejects(charge, Error, "lost on its way");
+    now += 0.6 * DAY; // Since the first attempt it is more than a day.
+    assertEquals([await codeOf(charge), target.asked.length, charges.length], ["uncertain", 2, 1]);
     const naive = { scope: "naive", key: "order-1" };
     await store.claim(naive, { leaseMs: 1, repeatWithinMs: Infinity });
     now += 1.1 * DAY;

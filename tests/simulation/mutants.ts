@@ -235,12 +235,12 @@ export const mutants: readonly Mutant[] = [
   memory("what comes after a parked message is handed out", `held.add(row.key);`, `{}`),
   memory("rows are settled by number alone", `if (memory!.state.outbox.get(Number(seq))?.id === id)`, `if (id)`),
   sqlite(
-    "what is sealed is sealed again",
+    "in SQLite, what is sealed is sealed again",
     `const stored = pendingNow(limits, SEALED, [relay]);`,
     `const stored = pendingNow(limits, " and ? <> ''", [relay]);`,
   ),
   sqlite(
-    "rows are settled by number alone",
+    "in SQLite, rows are settled by number alone",
     "remove(`seq = cast(? as integer) and id = ?`, seq, id)",
     "remove(`seq = cast(? as integer) and ? <> ''`, seq, id)",
   ),

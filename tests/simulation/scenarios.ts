@@ -418,7 +418,7 @@ async function playRelays(simulation: Simulation, kind: Kind, folder: string): P
   };
 
   function sinkOf(process: Process): Sink {
-    if (onFile) return fileOf(simulation, process, path);
+    if (onFile) return fileOf(simulation, process, path, recount);
     if (kind === "handler") return remoteSink(process, writes, faults.calls);
     if (atomic) return remoteSink(process, log, faults.calls);
     return callSink(
@@ -447,6 +447,13 @@ async function playRelays(simulation: Simulation, kind: Kind, folder: string): P
   const enqueued: string[] = [];
   /** Rows that the database forgot when it went back in time, before anybody had them. */
   const forgotten = new Set<string>();
+  let wentBack = false;
+  function recount(): void {
+    if (!wentBack) return;
+    const left = new Set([...storage.rows().map(({ id }) => id), ...delivered()]);
+    for (const id of enqueued) if (!left.has(id)) forgotten.add(id);
+    for (const id of left) forgotten.delete(id);
+  }
   for (const { id, key } of messages) {
     simulation.at(simulation.between(0, 4000), () => {
       enqueued.push(id);
@@ -468,9 +475,8 @@ async function playRelays(simulation: Simulation, kind: Kind, folder: string): P
           simulation.log(() => "THE DATABASE GOES BACK IN TIME");
           simulation.outside(async () => {
             await restore();
-            const left = new Set([...storage.rows().map(({ id }) => id), ...delivered()]);
-            for (const id of enqueued) if (!left.has(id)) forgotten.add(id);
-            for (const id of left) forgotten.delete(id);
+            wentBack = true;
+            recount();
           });
         });
       });
@@ -606,7 +612,7 @@ function committed(path: string): readonly string[] {
 }
 
 /** A file as a sink: it dies with its process, at worst in the middle of a write. */
-function fileOf(simulation: Simulation, process: Process, path: string): AtomicSink {
+function fileOf(simulation: Simulation, process: Process, path: string, onTorn: () => void): AtomicSink {
   const sink = fileSink(path);
   return {
     ...sink,
@@ -623,11 +629,16 @@ function fileOf(simulation: Simulation, process: Process, path: string): AtomicS
               const torn = simulation.between(writing.before, size);
               simulation.log(() => `the file is torn at byte ${torn} of ${size}`);
               // The header of a new file is on the disk before its first batch is written.
-              if (writing.before === 0 || simulation.chance(0.5)) return await Deno.truncate(path, torn);
-              // The pages of a write reach the disk in any order.
-              using file = await Deno.open(path, { write: true });
-              await file.seek(torn, Deno.SeekMode.Start);
-              await file.write(new Uint8Array(Math.min(size - torn, simulation.between(1, 50))));
+              if (writing.before === 0 || simulation.chance(0.5)) {
+                await Deno.truncate(path, torn);
+              } else {
+                // The pages of a write reach the disk in any order.
+                using file = await Deno.open(path, { write: true });
+                await file.seek(torn, Deno.SeekMode.Start);
+                await file.write(new Uint8Array(Math.min(size - torn, simulation.between(1, 50))));
+              }
+              // What is nowhere now was in a database that went back, and in a batch that nobody was told of.
+              onTorn();
             });
           });
           return {
