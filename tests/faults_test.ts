@@ -390,7 +390,8 @@ Deno.test("a clock that jumps hours ahead during a call ends its lease: in doubt
   at.jump(3 * HOUR);
   // A rival, as after a deployment: it finds the lease ended long ago.
   const rival = await at.run(drainTo(target.url, "--lease-ms", "600"), at.clock);
-  assertEquals(rival.code, 1);
+  // Whoever is first sees the end of the lease; where that was the owner, the rival finds nothing to do.
+  assert(rival.code === 0 || rival.code === 1);
   await owner.until((line) => line.includes(`"uncertain"`) || line.includes(`"lease_lost"`));
   target.over.abort();
   assertEquals((await owner.stop()).code, 0);
