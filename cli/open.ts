@@ -172,9 +172,11 @@ export async function openDatabase(label: string, url: string, create = false): 
   let client: OpenClient;
   try {
     client = await connect(path);
-    // Waiting in SQLite blocks the thread, and with it the renewal of leases: the adapter waits instead.
-    client.prepare("pragma busy_timeout = 20").get();
+    // Whoever closes it last, or recovers it, locks it as a whole for a moment.
+    client.prepare("pragma busy_timeout = 5000").get();
     client.prepare("select count(*) from sqlite_master").get();
+    // From now on waiting in SQLite would block the renewal of leases: the adapter waits instead.
+    client.prepare("pragma busy_timeout = 20").get();
     client = watched(client, path, name);
   } catch (error) {
     throw new Error(`Cannot open ${name}: ${reason(error)}`, { cause: error });

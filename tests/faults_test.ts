@@ -32,11 +32,22 @@ async function box(): Promise<Box> {
   return made;
 }
 
+/** Runs SQL as another program would, which waits for its turn; answers all rows. */
+function sql(at: Box, statement: string): Record<string, unknown>[] {
+  const client = drivers["node:sqlite"](at.path("app.db"));
+  try {
+    client.exec("pragma busy_timeout = 5000");
+    return client.prepare(statement).all().map((row) => ({ ...row as Record<string, unknown> }));
+  } finally {
+    client.close();
+  }
+}
+
 /** Puts messages into the outbox, as another program would; `key`: the order in which they must go. */
 function put(at: Box, ids: readonly string[], valueBytes = 10, key: string | null = null): void {
   const value = `'"${"x".repeat(valueBytes - 2)}"'`;
   const rows = ids.map((id) => `('${id}', 'orders', ${key === null ? "null" : `'${key}'`}, ${value})`);
-  at.sql(`insert into effectonce_outbox (id, topic, key, value) values ${rows.join(", ")}`);
+  sql(at, `insert into effectonce_outbox (id, topic, key, value) values ${rows.join(", ")}`);
 }
 
 /** How a relay ended by itself; one that runs on is killed. */
@@ -62,7 +73,7 @@ async function idsIn(path: string): Promise<string[]> {
 function assertSentOnce(at: Box, target: Target): void {
   const keys = target.keys();
   assertEquals(keys.length, new Set(keys).size, `sent twice: ${keys.filter((key, i) => keys.indexOf(key) !== i)}`);
-  const known = at.sql("select key from effectonce_effects where state in ('done', 'uncertain')").map(({ key }) => key);
+  const known = sql(at, "select key from effectonce_effects where state in ('done', 'uncertain')").map(({ key }) => key);
   assertEquals(keys.filter((key) => !known.includes(key)), [], "sent, and nobody knows of it");
 }
 
@@ -314,7 +325,7 @@ for (const [what, { does, says, undoes }] of Object.entries(exchanges)) {
       put(at, ["m0", "m1"]);
       const running = at.start(relayTo(to, "--json"));
       await running.event("idle");
-      at.sql("vacuum into 'COPY'".replace("COPY", at.path("copy.db")));
+      sql(at, `vacuum into '${at.path("copy.db")}'`);
       await does(at);
       const ended = await endOf(running);
       assertEquals(ended.code, 1);
@@ -364,6 +375,23 @@ Deno.test("a database is watched as far as the permissions reach, and no further
   await running.event("idle");
   await Deno.rename(at.path("app.db"), at.path("away.db"));
   assertFailure({ ...await endOf(running), stdout: "" }, MAIN);
+});
+
+Deno.test("a database that somebody holds as a whole while a command starts is waited for", async () => {
+  for (const driver of ["node", "better-sqlite3"]) {
+    await using at = await box();
+    const holder = drivers["node:sqlite"](at.path("app.db"));
+    // As SQLite itself does while it closes or recovers the file.
+    holder.exec("pragma locking_mode = exclusive; begin immediate; create table held (a); commit");
+    const running = at.start(["status", "--store", `${DB}?driver=${driver}`]);
+    let over = false;
+    const ended = endOf(running).finally(() => over = true);
+    // It is given long enough to have tried; if it has not by then, the test is easier, not wrong.
+    await new Promise((resolve) => setTimeout(resolve, 300));
+    assert(!over, `It did not wait: ${(await Promise.race([ended, undefined]))?.stderr}`);
+    holder.close();
+    assertEquals((await ended).code, 0);
+  }
 });
 
 // -------------------------------------------------------------------------------------------------------------- the clock
@@ -429,7 +457,7 @@ Deno.test("a clock that jumps back during a call changes nothing for its owner",
   const owner = at.start(relayTo(target.url, "--lease-ms", "300", "--json"), at.clock);
   await until(() => target.asked.length === 1);
   at.jump(-2 * HOUR);
-  const until_ms = () => Number(at.sql("select until_ms from effectonce_relays")[0]!.until_ms);
+  const until_ms = () => Number(sql(at, "select until_ms from effectonce_relays")[0]!.until_ms);
   // It has renewed since.
   await until(() => until_ms() < Date.now() - HOUR);
   answer.resolve();
@@ -458,10 +486,10 @@ Deno.test("after a jump back a dead owner's lease lasts for the jump longer, or 
       at.jump(0);
     } else {
       assertEquals((await heir.stop()).code, 0);
-      at.sql("update effectonce_effects set until_ms = 0 where state = 'claimed'");
+      sql(at, "update effectonce_effects set until_ms = 0 where state = 'claimed'");
       at.start(relayTo(target.url, "--lease-ms", "300", "--json"), at.clock);
     }
-    await until(() => at.sql("select state from effectonce_outbox")[0]!.state === "parked");
+    await until(() => sql(at, "select state from effectonce_outbox")[0]!.state === "parked");
     assertSentOnce(at, target);
     assertNothingLost(at, 1);
     await at.ok(resolve, at.clock);
@@ -491,7 +519,7 @@ Deno.test("a relay into a file does not mind its clock, whichever way it jumps, 
   for (const [i, hours] of [0, 5, -5, 0].entries()) {
     at.jump(hours * HOUR);
     put(at, numbered(i * 10, i * 10 + 10), 10, "one");
-    await until(() => at.sql("select count(*) as n from effectonce_outbox")[0]!.n === 0);
+    await until(() => sql(at, "select count(*) as n from effectonce_outbox")[0]!.n === 0);
     running.kill("SIGKILL");
     await running.ended();
     running = at.start(relayTo("file:out.jsonl", "--json", "--lease-ms", "300"), at.clock);
@@ -512,7 +540,7 @@ Deno.test("after a jump back the name of a dead relay is taken for the jump long
   assertFailure(await at.run(other, at.clock), `relay "default" has them, or left something behind`);
   // Its own name goes on at once, and leaves nothing behind.
   await at.ok(drainTo("file:out.jsonl"), at.clock);
-  at.sql("update effectonce_relays set until_ms = 0");
+  sql(at, "update effectonce_relays set until_ms = 0");
   await at.ok(drainTo("file:out.jsonl"), at.clock);
   await at.ok(other, at.clock);
 });
