@@ -12,19 +12,10 @@ import {
   type SqliteValue,
 } from "../adapters/sqlite.ts";
 import { atomicSinkCases, type AtomicSinkHarness, sourceCases, type SourceHarness } from "../conformance.ts";
-import {
-  createMessage,
-  type EffectStore,
-  handler,
-  type Message,
-  type NewMessage,
-  relay,
-  type SourceOptions,
-} from "../mod.ts";
-import { memoryOutbox, memorySink, memoryStore } from "../adapters/memory.ts";
-
-type Client = SqliteClient & { exec(sql: string): unknown; close(): unknown };
-type Driver = (path: string) => Client;
+import { createMessage, handler, type NewMessage, relay, type SourceOptions } from "../mod.ts";
+import { memorySink } from "../adapters/memory.ts";
+import { memory, refused } from "./runtime/suite.ts";
+import { type Client, type Driver, sqliteEnds } from "./runtime/suite_sqlite.ts";
 
 /** No wait of the driver's own: it would block the thread, and with it the transaction that it waits for. */
 const drivers: Readonly<Record<string, Driver>> = {
@@ -51,75 +42,12 @@ async function temporary() {
 
 // ---------------------------------------------------------------------------------------------------------------- sources
 
-/** Keeps the rows of all tables; the function that comes back puts them in again, as a restored copy of the file has them. */
-function snapshot(client: Client): () => Promise<void> {
-  const tables = (client.prepare(`select name from sqlite_master where type = 'table'`).all() as { name: string }[])
-    .map(({ name }) => name);
-  const rows = tables.map((name) => client.prepare(`select * from ${name}`).all() as Record<string, SqliteValue>[]);
-  // deno-lint-ignore require-await -- what throws here must reject
-  return async () => {
-    client.exec("begin immediate");
-    tables.forEach((name, i) => {
-      client.prepare(`delete from ${name}`).run();
-      for (const row of rows[i]!) {
-        const columns = Object.keys(row);
-        client.prepare(`insert into ${name} (${columns.join(", ")}) values (${columns.map(() => "?").join(", ")})`)
-          .run(...Object.values(row));
-      }
-    });
-    client.exec("commit");
-  };
-}
-
-function sqliteHarness(driver: Driver, more: SqliteOutboxOptions = {}): SourceHarness {
-  return {
-    async open() {
-      const files = await temporary();
-      let offset = 0;
-      const options = { ...more, now: () => Date.now() + offset };
-      const [first, second, operator] = [files.open(driver), files.open(driver), files.open(driver)];
-      await migrateSqlite(first);
-      const store = sqliteStore(operator, options);
-      const outbox = sqliteOutbox(operator, options);
-      return {
-        source: ({ topics } = {}) => sqliteOutbox(first, { ...options, topics }),
-        again: ({ topics } = {}) => sqliteOutbox(second, { ...options, topics }),
-        enqueue: (...messages) => store.transaction((effects) => effects.enqueue(...messages)),
-        advance: (ms) => Promise.resolve(void (offset += ms)),
-        release: outbox.release,
-        discard: outbox.discard,
-        snapshot: () => Promise.resolve(snapshot(operator)),
-        close: files.close,
-      };
-    },
-  };
-}
-
-const noDeath = "relays on memory end with their process, and the memory with them";
 const sources: Readonly<Record<string, SourceHarness>> = {
-  memoryOutbox: {
-    open() {
-      let now = Date.now();
-      const store = memoryStore({ now: () => now });
-      return Promise.resolve({
-        source: (options) => memoryOutbox(store, options),
-        again: (options) => memoryOutbox(store, options),
-        enqueue: store.enqueue,
-        advance: (ms) => Promise.resolve(void (now += ms)),
-        release: memoryOutbox(store).release,
-        discard: memoryOutbox(store).discard,
-        snapshot: () => Promise.resolve(store.snapshot()),
-        close: () => Promise.resolve(),
-      });
-    },
-    skip: {
-      "close() of a relay that leaves something behind keeps the topics for its name": noDeath,
-      "a relay that fell silent keeps its topics for its name, but for the plain protocol": noDeath,
-      "a relay that wakes after its topics went to another name delivers nothing more": noDeath,
-    },
-  },
-  ...Object.fromEntries(Object.entries(drivers).map(([name, driver]) => [`sqliteOutbox ${name}`, sqliteHarness(driver)])),
-  "sqliteOutbox that keeps node:sqlite": sqliteHarness(drivers["node:sqlite"]!, { keep: true }),
+  memoryOutbox: memory.source,
+  ...Object.fromEntries(
+    Object.entries(drivers).map(([name, driver]) => [`sqliteOutbox ${name}`, sqliteEnds(driver).source]),
+  ),
+  "sqliteOutbox that keeps node:sqlite": sqliteEnds(drivers["node:sqlite"]!, { keep: true }).source,
 };
 
 for (const [name, harness] of Object.entries(sources)) {
@@ -135,56 +63,10 @@ for (const [name, harness] of Object.entries(sources)) {
 
 // ----------------------------------------------------------------------------------------------------------- atomic sinks
 
-const plain = (id: string): Message =>
-  createMessage({ id, topic: "orders", key: null, value: null, headers: {}, time: new Date() });
-
-/** A handler that keeps messages as effects, whose results tell the order. */
-function handlerOn<C>(store: EffectStore<C>) {
-  return handler(store, async ({ id }, effects) => {
-    if (id === "bad") throw new Error("refused");
-    await effects.claim({ scope: "content", key: id });
-    await effects.complete({ scope: "content", key: id }, ++serial);
-  });
-}
-let serial = 0;
-
-async function contentsOf<C>(store: EffectStore<C>): Promise<string[]> {
-  const found = (await store.list({ scope: "content" })).map(({ key, result }) => ({
-    key,
-    order: Number(result),
-  }));
-  return found.sort((a, b) => a.order - b.order).map(({ key }) => key);
-}
-
 const sinks: Readonly<Record<string, AtomicSinkHarness>> = {
-  "handler on memoryStore": {
-    open() {
-      const store = memoryStore();
-      return Promise.resolve({
-        sink: handlerOn(store),
-        again: () => handlerOn(store),
-        contents: () => contentsOf(store),
-        refused: plain,
-        close: () => Promise.resolve(),
-      });
-    },
-  },
+  "handler on memoryStore": memory.sink,
   ...Object.fromEntries(
-    Object.entries(drivers).map(([name, driver]): [string, AtomicSinkHarness] => [`handler on sqliteStore ${name}`, {
-      async open() {
-        const files = await temporary();
-        const [first, second] = [files.open(driver), files.open(driver)];
-        await migrateSqlite(first);
-        const stores = [sqliteStore(first), sqliteStore(second)] as const;
-        return {
-          sink: handlerOn(stores[0]),
-          again: () => handlerOn(stores[1]),
-          contents: () => contentsOf(stores[1]),
-          refused: plain,
-          close: files.close,
-        };
-      },
-    }]),
+    Object.entries(drivers).map(([name, driver]) => [`handler on sqliteStore ${name}`, sqliteEnds(driver).sink]),
   ),
   fileSink: {
     async open() {
@@ -197,7 +79,7 @@ const sinks: Readonly<Record<string, AtomicSinkHarness>> = {
           const text = await Deno.readTextFile(path).catch(() => "");
           return text.split("\n").flatMap((line) => parseLine(line)?.id ?? []);
         },
-        refused: (id) => createMessage({ ...plain(id), time: new Date(NaN) }),
+        refused: (id) => createMessage({ ...refused(id), time: new Date(NaN) }),
         close: files.close,
       };
     },

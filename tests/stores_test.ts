@@ -11,11 +11,9 @@ import {
   type SqliteValue,
 } from "../adapters/sqlite.ts";
 import { storeCases, type StoreHarness } from "../conformance.ts";
-import { EffectError, type EffectStore, once, realRuntime, type RunSql } from "../mod.ts";
-import { memoryStore } from "../adapters/memory.ts";
-
-type Client = SqliteClient & { exec(sql: string): unknown; close(): unknown };
-type Driver = (path: string) => Client;
+import { EffectError, once, realRuntime, type RunSql } from "../mod.ts";
+import { memory } from "./runtime/suite.ts";
+import { type Client, type Driver, sqliteEnds } from "./runtime/suite_sqlite.ts";
 
 /** No wait of the driver's own: it would block the thread, and with it the transaction that it waits for. */
 const drivers: Readonly<Record<string, Driver>> = {
@@ -47,39 +45,9 @@ async function temporary(): Promise<Files> {
   };
 }
 
-const WAIT_MS = 2_000;
-
-function sqliteHarness(driver: Driver): StoreHarness {
-  return {
-    async open() {
-      const files = await temporary();
-      let offset = 0;
-      const options = { waitMs: WAIT_MS, now: () => Date.now() + offset };
-      const [first, second] = [files.open(driver), files.open(driver)];
-      await migrateSqlite(files.open(driver));
-      return {
-        store: sqliteStore(first, options) as EffectStore<unknown>,
-        again: sqliteStore(second, options) as EffectStore<unknown>,
-        waitMs: WAIT_MS,
-        advance: (ms) => Promise.resolve(void (offset += ms)),
-        close: files.close,
-      };
-    },
-  };
-}
-
 const harnesses: Readonly<Record<string, StoreHarness>> = {
-  memoryStore: {
-    open() {
-      let now = Date.now();
-      // Its waits are 50 times shorter.
-      const runtime = { ...realRuntime, sleep: (ms: number, signal?: AbortSignal) => realRuntime.sleep(ms / 50, signal) };
-      const store = memoryStore({ now: () => now, runtime }) as EffectStore<unknown>;
-      const advance = (ms: number) => Promise.resolve(void (now += ms));
-      return Promise.resolve({ store, again: store, waitMs: 100, advance, close: () => Promise.resolve() });
-    },
-  },
-  ...Object.fromEntries(Object.entries(drivers).map(([name, driver]) => [`sqliteStore ${name}`, sqliteHarness(driver)])),
+  memoryStore: memory.store,
+  ...Object.fromEntries(Object.entries(drivers).map(([name, driver]) => [`sqliteStore ${name}`, sqliteEnds(driver).store])),
 };
 
 /** Which case is which acceptance test of the correctness notes. */

@@ -68,7 +68,8 @@ export async function runEnds(name: string, { store, source, sink }: Ends): Prom
 
 // ----------------------------------------------------------------------------------------------------------------- memory
 
-const plain = (id: string): Message =>
+/** A message that such a handler takes, or refuses if the id is `bad`. */
+export const refused = (id: string): Message =>
   createMessage({ id, topic: "orders", key: null, value: null, headers: {}, time: new Date() });
 
 let serial = 0;
@@ -87,9 +88,6 @@ export async function contentsOf<C>(store: EffectStore<C>): Promise<string[]> {
   const found = (await store.list({ scope: "content" })).map(({ key, result }) => ({ key, order: Number(result) }));
   return found.sort((a, b) => a.order - b.order).map(({ key }) => key);
 }
-
-/** Messages that such a handler takes, or refuses if the id is `bad`. */
-export const refused = plain;
 
 const noDeath = "relays on memory end with their process, and the memory with them";
 
@@ -133,7 +131,7 @@ export const memory: Ends = {
         sink: handlerOn(store),
         again: () => handlerOn(store),
         contents: () => contentsOf(store),
-        refused: plain,
+        refused,
         close: () => Promise.resolve(),
       });
     },

@@ -7,6 +7,7 @@ import {
   migrateSqlite,
   type SqliteClient,
   sqliteOutbox,
+  type SqliteOutboxOptions,
   sqliteStore,
   type SqliteValue,
 } from "@effectonce/effectonce/sqlite";
@@ -56,7 +57,8 @@ function snapshot(client: Client): () => Promise<void> {
   };
 }
 
-function ends(driver: Driver): Ends {
+/** Ends in SQLite files; `more`: what its sources do beyond the usual. */
+export function sqliteEnds(driver: Driver, more: SqliteOutboxOptions = {}): Ends {
   return {
     store: {
       async open() {
@@ -78,7 +80,7 @@ function ends(driver: Driver): Ends {
       async open() {
         const files = await temporary(driver);
         let offset = 0;
-        const options = { now: () => Date.now() + offset };
+        const options = { ...more, now: () => Date.now() + offset };
         const [first, second, operator] = [files.open(), files.open(), files.open()];
         await migrateSqlite(first);
         const store = sqliteStore(operator, options);
@@ -114,4 +116,4 @@ function ends(driver: Driver): Ends {
 }
 
 /** Runs the suites on this driver. */
-export const runSqlite = (name: string, driver: Driver): Promise<Outcomes> => runEnds(name, ends(driver));
+export const runSqlite = (name: string, driver: Driver): Promise<Outcomes> => runEnds(name, sqliteEnds(driver));

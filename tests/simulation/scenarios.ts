@@ -321,7 +321,7 @@ function supervise(
         if (["source_invalid", "sink_invalid", "diverged", "cursor_lost", "mismatch"].includes(code)) {
           simulation.violate(`${process.name} ended with ${code}: ${(error as Error).message}`);
         }
-        if (error instanceof TypeError || error instanceof RangeError) {
+        if (error instanceof TypeError || error instanceof RangeError || error instanceof ReferenceError) {
           simulation.violate(`${process.name} ended with ${error.name}: ${error.message}`);
         }
         ended(String(error), simulation.between(0, 1000));
@@ -752,6 +752,3 @@ async function playOnce(simulation: Simulation, kind: Kind): Promise<void> {
     }
   }
 }
-
-/** The kinds there are. */
-export const kinds: readonly Kind[] = Object.keys(KINDS) as Kind[];

@@ -159,6 +159,9 @@ export type Fate =
 /** How likely each fate is; the rest is answered. */
 export type Faults = Readonly<Partial<Record<Exclude<Fate, "answered">, number>>>;
 
+/** Longest time that a call or its answer is on its way. */
+const MAX_LATE_MS = 1500;
+
 /** Something that can be killed, paused and lied to. */
 export class Process {
   /** For traces. */
@@ -222,26 +225,22 @@ export class Process {
   }
 
   /** Calls another system. `what` is for traces; `run` takes effect at once when the call arrives. */
-  call<T>(what: string, faults: Faults, run: () => Promise<T>, maxLateMs = 1500): Promise<T> {
+  call<T>(what: string, faults: Faults, run: () => Promise<T>): Promise<T> {
     const simulation = this.#simulation;
-    const { random, between, now } = {
-      random: () => simulation.random(),
-      between: (min: number, max: number) => simulation.between(min, max),
-      now: () => simulation.now,
-    };
-    let left = random();
+    let left = simulation.random();
     const fate: Fate = (Object.keys(faults) as (keyof Faults)[]).find((fate) => (left -= faults[fate] ?? 0) < 0) ??
       "answered";
+    const latency = () => simulation.now + simulation.between(0, 20);
+    const long = () => simulation.now + simulation.between(20, MAX_LATE_MS);
     return new Promise((resolve, reject) => {
       const broken = () => reject(new Error(`the connection broke at ${what}`));
-      const latency = () => now() + between(0, 20);
       this.#resume(latency(), () => {
         if (fate !== "answered" && fate !== "slow") simulation.harmed = true;
         simulation.log(() => `${this.name} ${what}${fate === "answered" ? "" : ` (${fate})`}`);
         if (fate === "request lost") return this.#resume(latency(), broken);
         if (fate === "late") {
           this.#resume(latency(), broken);
-          simulation.at(now() + between(20, maxLateMs), () => {
+          simulation.at(long(), () => {
             simulation.log(() => `late: ${what} of ${this.name}`);
             run().catch(() => {});
           });
@@ -250,10 +249,7 @@ export class Process {
         const first = run();
         const answer = fate === "repeated" ? first.then(run, run) : first;
         const back = (settle: () => void) =>
-          this.#resume(
-            fate === "slow" ? now() + between(20, maxLateMs) : latency(),
-            fate === "answer lost" ? broken : settle,
-          );
+          this.#resume(fate === "slow" ? long() : latency(), fate === "answer lost" ? broken : settle);
         answer.then((value) => back(() => resolve(value)), (error) => back(() => reject(error)));
       });
     });
