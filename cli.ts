@@ -50,7 +50,7 @@ const COMMANDS: Readonly<Record<string, Command>> = {
         const olderThanMs = flags.number("older-than-ms")!;
         const all = async (prune: Outbox["prune"]) => {
           let total = 0;
-          for (let n = 1000; n === 1000; total += n) n = await prune({ olderThanMs, limit: 1000 });
+          for (let n = 1; n > 0; total += n) n = await prune({ olderThanMs, limit: 1000 });
           return total;
         };
         const effects = await all(store.prune);

@@ -901,6 +901,19 @@ export const storeCases: readonly Case<StoreHarness>[] = [
     expectEqual(await again.prune({ olderThanMs: LEASE }), 1, "the number forgotten");
     await stands(store, "done", keyOf("m-1"));
   }),
+  storeCase("prune() keeps an effect whose message is in another outbox still", async ({ store, again, advance }) => {
+    const keys = range(1, 9).map((i) => keyOf(`m-${i}`));
+    await store.transaction((effects) => effects.claimAll(keys));
+    await advance(YEAR);
+    const find = (id: string) => {
+      const state = id === "m-8" ? "delivered" as const : "waiting" as const;
+      return Promise.resolve(id === "m-9" ? undefined : { id, topic: "orders", key: null, state, reason: "" });
+    };
+    let forgotten = 0;
+    for (let n = 1; n > 0; forgotten += n) n = await again.prune({ olderThanMs: LEASE, limit: 2, outboxes: [{ find }] });
+    expectEqual(forgotten, 2, "the number forgotten");
+    expectEqual((await store.list()).map(({ key }) => key), keys.slice(0, 7).map(({ key }) => key), "what is left");
+  }),
 
   // batches
   storeCase("claimAll() answers in the order of its keys", async ({ store, again }) => {

@@ -237,7 +237,9 @@ function checkText(what: string, text: unknown): void {
   if (!text.isWellFormed() || text.includes("\0")) {
     throw new TypeError(`Cannot use ${what} ${JSON.stringify(text)}: it must be Unicode text without U+0000`);
   }
-  const bytes = text.length > 1024 ? text.length : encoder.encode(text).length;
+  const { length } = text;
+  if (length > 0 && length * 3 <= 1024) return; // No character takes more than 3 bytes for each of its units.
+  const bytes = length > 1024 ? length : encoder.encode(text).length;
   if (bytes < 1 || bytes > 1024) {
     throw new RangeError(`Cannot use ${what} of ${bytes} bytes: it must be 1 to 1024 bytes of UTF-8`);
   }
@@ -370,6 +372,12 @@ export interface PruneOptions {
    * @default {1000}
    */
   readonly limit?: number;
+  /**
+   * Outboxes in other databases whose messages have their effects here: what is still in one is kept.
+   *
+   * @default {[]} The store looks into the outbox of its own database only.
+   */
+  readonly outboxes?: readonly Pick<Outbox, "find">[];
 }
 
 /** What {@linkcode once} and {@linkcode relay} need of a store. Each call commits on its own; each change is fenced. */
@@ -412,7 +420,7 @@ export interface ClaimStore {
   list(options?: ListOptions): Promise<readonly EffectRecord[]>;
   /** How many effects stand where. */
   count(): Promise<Readonly<Record<EffectState, number>>>;
-  /** Forgets effects that ended long ago; answers how many. Bounded: call it until it answers less than `limit`. */
+  /** Forgets effects that ended long ago; answers how many. Bounded: call it until it answers 0. */
   prune(options: PruneOptions): Promise<number>;
 }
 
@@ -820,8 +828,8 @@ export function claimStore(rows: EffectRows): ClaimStore {
       }));
     },
     count: () => rows.count(),
-    prune: ({ olderThanMs, limit = 1000 }) =>
-      rows.prune({ olderThanMs: integer("olderThanMs", olderThanMs, 0), limit: integer("limit", limit, 1) }),
+    prune: ({ olderThanMs, limit = 1000, outboxes = [] }) =>
+      rows.prune({ olderThanMs: integer("olderThanMs", olderThanMs, 0), limit: integer("limit", limit, 1), outboxes }),
   };
 }
 
@@ -1233,8 +1241,8 @@ export interface Outbox extends Source {
   release(id: string): Promise<boolean>;
   /** Removes a parked or waiting message for good, and frees what it held back; false if there is no such message. */
   discard(id: string): Promise<boolean>;
-  /** Deletes delivered messages that were kept; answers how many. Bounded: call it until it answers less than `limit`. */
-  prune(options: PruneOptions): Promise<number>;
+  /** Deletes delivered messages that were kept; answers how many. Bounded: call it until it answers 0. */
+  prune(options: Omit<PruneOptions, "outboxes">): Promise<number>;
 }
 
 /** A source with a relay registered. */

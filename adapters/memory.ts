@@ -48,6 +48,7 @@ import {
   chainText,
   checkAdvance,
   createGuard,
+  createPrune,
   createTurns,
   notClaimed,
   type OutboxOptions,
@@ -229,16 +230,24 @@ export function memoryStore(options: MemoryStoreOptions = {}): MemoryStore {
         for (const { state } of memory.state.effects.values()) counts[state]++;
         return Promise.resolve(counts);
       },
-      prune: ({ olderThanMs, limit }) =>
-        transact(({ effects, outbox }) => {
+      prune: createPrune({
+        old(after, { olderThanMs, limit }) {
+          const { effects, outbox } = memory.state;
           const needed = new Set(outbox.values().map(({ id }) => id));
           const until = memory.now() - olderThanMs;
-          const old = effects.entries().filter(([_, { state, changedMs, key }]) =>
-            (state === "done" || state === "rejected") && changedMs <= until && !needed.has(key)
-          ).take(limit).toArray();
-          for (const [id] of old) effects.delete(id);
-          return old.length;
-        }),
+          const keys = effects.values().filter((row) =>
+            (row.state === "done" || row.state === "rejected") && row.changedMs <= until && !needed.has(row.key) &&
+            byKey(after, row) < 0
+          ).toArray().sort(byKey).slice(0, limit);
+          return Promise.resolve({ keys, last: keys[limit - 1] });
+        },
+        forget: (keys, { olderThanMs }) =>
+          transact(({ effects }) => {
+            const ids = keys.map(({ scope, key }) => joined(scope, key));
+            const until = memory.now() - olderThanMs;
+            return ids.filter((id) => (effects.get(id)?.changedMs ?? Infinity) <= until && effects.delete(id)).length;
+          }),
+      }),
     }),
     transaction: (run) =>
       transact(async (draft) => {

@@ -13,7 +13,65 @@
  *
  * @module
  */
-import { EffectError, type EffectKey, type Position, realRuntime, type Runtime, START } from "../mod.ts";
+import {
+  EffectError,
+  type EffectKey,
+  type EffectRows,
+  type Position,
+  type PruneOptions,
+  realRuntime,
+  type Runtime,
+  START,
+} from "../mod.ts";
+
+// ------------------------------------------------------------------------------------------------------------------ prune
+
+/** Old effects of a portion of a store. */
+export interface OldEffects {
+  /** Their keys. */
+  readonly keys: readonly EffectKey[];
+  /** The last key that was looked at; undefined if none is behind it. */
+  readonly last: EffectKey | undefined;
+}
+
+/** What {@linkcode createPrune} needs of a store. */
+export interface PruneRows {
+  /** Looks at the next `limit` effects behind a key, in order of scope and key, for those to be forgotten. */
+  old(after: EffectKey, options: Required<PruneOptions>): Promise<OldEffects>;
+  /** Forgets, in one transaction, those that still are to be; answers how many. */
+  forget(keys: readonly EffectKey[], options: Required<PruneOptions>): Promise<number>;
+}
+
+const FIRST: EffectKey = { scope: "", key: "" };
+
+/**
+ * Prunes effects by walking along their keys, a portion at a time: an index by time would cost every claim a page.
+ * The next call goes on where the last one stopped.
+ */
+export function createPrune(rows: PruneRows): EffectRows["prune"] {
+  let after = FIRST;
+  return async (options) => {
+    const isNeeded = async (id: string) => {
+      for (const outbox of options.outboxes) {
+        const message = await outbox.find(id);
+        if (message && message.state !== "delivered") return true;
+      }
+      return false;
+    };
+    for (;;) {
+      const { keys, last } = await rows.old(after, options);
+      const unneeded: EffectKey[] = [];
+      for (const key of keys) {
+        if (!await isNeeded(key.key)) unneeded.push(key);
+      }
+      const forgotten = unneeded.length > 0 ? await rows.forget(unneeded, options) : 0;
+      if (last) after = last;
+      else if (forgotten === 0) after = FIRST;
+      if (forgotten > 0 || !last) return forgotten;
+      await realRuntime.sleep(0); // Lets timers run.
+    }
+  };
+}
 
 // ---------------------------------------------------------------------------------------------------------------- batches
 

@@ -31,6 +31,7 @@ import {
   claimStore,
   createMessage,
   EffectError,
+  type EffectKey,
   type EffectRow,
   type EffectState,
   type EffectStore,
@@ -55,6 +56,7 @@ import {
   chainText,
   checkAdvance,
   createGuard,
+  createPrune,
   createTurns,
   notClaimed,
   type OutboxOptions,
@@ -155,7 +157,8 @@ const MIGRATIONS: readonly (readonly string[])[] = [[
   `create table effectonce_effects (
   scope text not null,
   key text not null,
-  state text not null default 'done' check (state in ('claimed', 'waiting', 'done', 'rejected', 'uncertain')),
+  state text not null default 'done'
+    check (state = 'done' or state in ('claimed', 'waiting', 'rejected', 'uncertain')),
   fence integer not null default 1,
   attempt integer not null default 1,
   generation integer not null default 1,
@@ -169,10 +172,9 @@ const MIGRATIONS: readonly (readonly string[])[] = [[
   reason text,
   evidence text,
   changed_ms integer not null,
-  unique (scope, key)
-)`,
+  primary key (scope, key)
+) without rowid`,
   `create index effectonce_effects_open on effectonce_effects (state, scope, key) where state <> 'done'`,
-  `create index effectonce_effects_ended on effectonce_effects (changed_ms) where state in ('done', 'rejected')`,
   `create table effectonce_shards (
   relay text not null,
   shard integer not null default 0,
@@ -282,8 +284,8 @@ interface Database {
   alone<T>(run: () => T): Promise<T>;
   /** As write, with awaits in it. */
   transaction<T>(run: () => Promise<T>): Promise<T>;
-  /** Throws the error of a statement of that transaction, which goes on: to be rolled back. */
-  keepOpen(error: unknown): never;
+  /** After an error of a statement of that transaction, which goes on: to be rolled back. */
+  keepOpen(): void;
 }
 
 function connectionOf(client: SqliteClient, name: string): Connection {
@@ -316,11 +318,11 @@ function open(client: SqliteClient, options: SqliteOptions, checks = true): Data
     try {
       prepared(sql);
       // Waiting in the driver would block the thread, and with it the renewal of leases.
-      if (connection.timeoutMs > 20) prepare("pragma busy_timeout = 0").get();
+      if (connection.timeoutMs > 20) prepare("pragma busy_timeout = 0").run();
       try {
         prepare(sql).run();
       } finally {
-        if (connection.timeoutMs > 20) prepare(`pragma busy_timeout = ${connection.timeoutMs}`).get();
+        if (connection.timeoutMs > 20) prepare(`pragma busy_timeout = ${connection.timeoutMs}`).run();
       }
     } catch (error) {
       if (!(error instanceof Error && /(within|inside) a transaction/.test(error.message))) throw error;
@@ -410,7 +412,7 @@ function open(client: SqliteClient, options: SqliteOptions, checks = true): Data
         }),
         isOurs,
       ),
-    keepOpen(error) {
+    keepOpen() {
       try {
         // Some errors end the transaction (https://sqlite.org/lang_transaction.html). If the function catches this one, what
         // it writes next must not commit by itself.
@@ -418,7 +420,6 @@ function open(client: SqliteClient, options: SqliteOptions, checks = true): Data
       } catch {
         // It is still open.
       }
-      throw error;
     },
   };
 }
@@ -510,8 +511,7 @@ const WRITE_EFFECT = `insert into effectonce_effects (${COLUMNS}) values (?, ?, 
 const CLAIM_IN_TRANSACTION = `insert into effectonce_effects (scope, key, fingerprint, request, changed_ms)
   values (?, ?, ?, ?, ?) on conflict (scope, key) do nothing returning 1`;
 const CLAIM_ALL_IN_TRANSACTION = `insert into effectonce_effects (scope, key, changed_ms)
-  select value ->> 0, value ->> 1, ? from json_each(?) where true on conflict (scope, key) do nothing
-  returning scope, key`;
+  select ?, value, ? from json_each(?) where true on conflict (scope, key) do nothing returning key`;
 const COMPLETE_IN_TRANSACTION = `update effectonce_effects set result = ?, result_omitted = ?
   where scope = ? and key = ? returning 1`;
 const ENQUEUE = `insert into effectonce_outbox (id, topic, key, value, headers) values (?, ?, ?, ?, ?)
@@ -522,6 +522,9 @@ const FORGET_POSITIONS = `delete from effectonce_positions where relay = ? and s
 const SELECT_POSITIONS = `select n, uid, prev, rows from effectonce_positions where relay = ? and source = ?`;
 /** How many positions are kept to repair a source that went back in time. */
 const RING = 100;
+// A key whose message is still in the outbox would be a new key.
+const OLD = `state in ('done', 'rejected') and changed_ms <= ? and not exists (select 1 from effectonce_outbox o
+  where o.id = effectonce_effects.key and o.state <> 'delivered')`;
 
 interface StoredEffect {
   scope: string;
@@ -578,22 +581,21 @@ const toPosition = (stored: unknown): Position => {
 
 function handle(sql: RunSql, now: () => number): { readonly effects: EffectTransaction; readonly guard: TransactionGuard } {
   const guard = createGuard();
-  const mine = new Set<string>();
-  const nameOf = (scope: string, key: string) => JSON.stringify([scope, key]);
+  const mine = createKeySet();
   const claim: EffectTransaction["claim"] = (key, { request } = {}) =>
     guard.run(async (): Promise<Claim> => {
       checkKey(key);
       const { bytes, fingerprint } = request === undefined ? NO_REQUEST : await encodeRequest(request);
       const [inserted] = await sql(CLAIM_IN_TRANSACTION, [key.scope, key.key, fingerprint, bytes, now()]);
       if (inserted) {
-        mine.add(nameOf(key.scope, key.key));
-        return { state: "claimed", fence: 1, attempt: 1, generation: 1, request: bytes };
+        mine.add(key);
+        return { ...CLAIMED, request: bytes };
       }
       const [stored] = await sql(SELECT_EFFECT, [key.scope, key.key]);
       const { write, answer } = transactionStep(key, fingerprint, bytes)(toEffect(stored), now());
       if (write) {
         await sql(`${WRITE_EFFECT} returning 1`, fromEffect(write));
-        mine.add(nameOf(key.scope, key.key));
+        mine.add(key);
       }
       return answer;
     });
@@ -604,21 +606,24 @@ function handle(sql: RunSql, now: () => number): { readonly effects: EffectTrans
       claimAll: (keys) =>
         guard.run(async () => {
           for (const key of keys) checkKey(key);
-          const names = keys.map(({ scope, key }) => nameOf(scope, key));
-          const inserted = await sql(CLAIM_ALL_IN_TRANSACTION, [now(), `[${names.join(",")}]`]);
-          const fresh = new Set(inserted.map(({ scope, key }) => nameOf(String(scope), String(key))));
-          for (const name of fresh) mine.add(name);
-          const claims: Claim[] = [];
-          for (const [i, name] of names.entries()) {
-            // A key that comes twice is claimed once: its second answer is read.
-            if (fresh.delete(name)) claims.push({ state: "claimed", fence: 1, attempt: 1, generation: 1, request: null });
-            else claims.push(await claim(keys[i]!));
+          const inserted: EffectKey[] = [];
+          // Most batches are of one scope; two columns in the JSON would cost half as much again.
+          for (const [scope, group] of Map.groupBy(keys, ({ scope }) => scope)) {
+            const texts = JSON.stringify(group.map(({ key }) => key));
+            const rows = await sql(CLAIM_ALL_IN_TRANSACTION, [scope, now(), texts]);
+            for (const { key } of rows) inserted.push({ scope, key: String(key) });
           }
+          for (const key of inserted) mine.add(key);
+          if (inserted.length === keys.length) return keys.map(() => CLAIMED);
+          const fresh = createKeySet(inserted);
+          const claims: Claim[] = [];
+          // A key that comes twice is claimed once: its second answer is read.
+          for (const key of keys) claims.push(fresh.delete(key) ? CLAIMED : await claim(key));
           return claims;
         }),
       complete: (key, result) =>
         guard.run(async () => {
-          if (!mine.has(nameOf(key.scope, key.key))) throw notClaimed(key);
+          if (!mine.has(key)) throw notClaimed(key);
           const { text, omitted } = encodeResult(result);
           await sql(COMPLETE_IN_TRANSACTION, [text, omitted ? 1 : 0, key.scope, key.key]);
         }),
@@ -641,15 +646,39 @@ function handle(sql: RunSql, now: () => number): { readonly effects: EffectTrans
   };
 }
 const NO_REQUEST = { bytes: null, fingerprint: null };
+const CLAIMED = { state: "claimed", fence: 1, attempt: 1, generation: 1, request: null } as const;
+
+/** A set of effects. */
+function createKeySet(keys: readonly EffectKey[] = []) {
+  const scopes = new Map<string, Set<string>>();
+  const set = {
+    add({ scope, key }: EffectKey): void {
+      const known = scopes.get(scope);
+      if (known) known.add(key);
+      else scopes.set(scope, new Set([key]));
+    },
+    has: ({ scope, key }: EffectKey): boolean => scopes.get(scope)?.has(key) ?? false,
+    delete: ({ scope, key }: EffectKey): boolean => scopes.get(scope)?.delete(key) ?? false,
+  };
+  for (const key of keys) set.add(key);
+  return set;
+}
 
 /** Claims and positions in the tables that {@linkcode migrateSqlite} made. Several processes may share one file. */
 export function sqliteStore<Client extends SqliteClient>(client: Client, options: SqliteOptions = {}): EffectStore<Client> {
   const database = open(client, options);
   const { prepare, read, write, now } = database;
-  const runOn = (client: SqliteClient): RunSql => {
+  const runOn = (client: SqliteClient, failed: () => void = () => {}): RunSql => {
     const { prepare } = connectionOf(client, database.name);
     // deno-lint-ignore require-await -- what throws here must reject
-    return async (sql, values) => prepare(sql).all(...values as SqliteValue[]) as Record<string, unknown>[];
+    return async (sql, values) => {
+      try {
+        return prepare(sql).all(...values as SqliteValue[]) as Record<string, unknown>[];
+      } catch (error) {
+        failed();
+        throw error;
+      }
+    };
   };
   return {
     ...claimStore({
@@ -692,19 +721,28 @@ export function sqliteStore<Client extends SqliteClient>(client: Client, options
           }
           return counts;
         }),
-      prune: ({ olderThanMs, limit }) =>
-        write(() =>
-          // A key whose message is still in the outbox would be a new key.
-          prepare(`delete from effectonce_effects where rowid in (select rowid from effectonce_effects
-            where state in ('done', 'rejected') and changed_ms <= ?
-            and not exists (select 1 from effectonce_outbox o where o.id = effectonce_effects.key and o.state <> 'delivered')
-            order by changed_ms limit ?) returning 1`).all(now() - olderThanMs, limit).length
-        ),
+      prune: createPrune({
+        old: ({ scope, key }, { olderThanMs, limit }) =>
+          read(() => {
+            const last = prepare(`select scope, key from effectonce_effects where (scope, key) > (?, ?)
+              order by scope, key limit 1 offset ?`).get(scope, key, limit - 1) as EffectKey | null | undefined;
+            const sql = `select scope, key from effectonce_effects where (scope, key) > (?, ?)${
+              last ? " and (scope, key) <= (?, ?)" : ""
+            } and ${OLD}`;
+            const values = last ? [scope, key, last.scope, last.key] : [scope, key];
+            return { keys: prepare(sql).all(...values, now() - olderThanMs) as EffectKey[], last: last ?? undefined };
+          }),
+        forget: (keys, { olderThanMs }) =>
+          write(() =>
+            prepare(`delete from effectonce_effects
+              where (scope, key) in (select value ->> 0, value ->> 1 from json_each(?)) and ${OLD} returning 1`)
+              .all(JSON.stringify(keys.map(({ scope, key }) => [scope, key])), now() - olderThanMs).length
+          ),
+      }),
     }),
     transaction: (run) =>
       database.transaction(async () => {
-        const onClient = runOn(client);
-        const { effects, guard } = handle((sql, values) => onClient(sql, values).catch(database.keepOpen), now);
+        const { effects, guard } = handle(runOn(client, database.keepOpen), now);
         const answer = await run(effects, client);
         guard.check();
         return answer;

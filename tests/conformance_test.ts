@@ -398,6 +398,9 @@ const storeFaults: Readonly<Record<string, StoreFault>> = {
     prune: (options) => right.prune({ ...options, limit: 1_000 }),
   }),
   "prune() keeps an effect whose message is in the outbox still": rows({}),
+  "prune() keeps an effect whose message is in another outbox still": (right) => ({
+    prune: (options) => right.prune({ ...options, outboxes: [] }),
+  }),
   "claimAll() answers in the order of its keys": (right) => ({
     claimAll: async (keys) => (await right.claimAll(keys)).toReversed(),
   }),

@@ -477,7 +477,7 @@ Deno.test("sqliteStore finds effects by indexes, whatever their number", async (
   }
   const byState = plans.find(([sql]) => /state <> 'done' and state = \?.*order by/.test(sql));
   assertStringIncludes(byState?.[1].join("\n") ?? "", "effectonce_effects_open (state=?)");
-  const prune = plans.find(([sql]) => /^delete/.test(sql));
-  assertMatch(prune?.[1].join("\n") ?? "", /INDEX effectonce_effects_ended \(changed_ms<\?\)/);
+  const prune = plans.find(([sql]) => /^select scope, key from effectonce_effects where .* state in/s.test(sql));
+  assertMatch(prune?.[1].join("\n") ?? "", /SEARCH effectonce_effects USING PRIMARY KEY \(\(scope,key\)>\(\?,\?\)\)/);
   db.close();
 });
