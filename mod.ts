@@ -1949,12 +1949,32 @@ async function deliverClaimed(
  * until at most 1000 batches and 100,000 rows are left, but never the last two.
  */
 export function boundRing(ring: Position[]): Position[] {
-  let rows = ring.reduce((sum, position) => sum + position.rows.length, 0);
+  let rows = ring.reduce((sum, position) => sum + countOf(position), 0);
   let drop = 0;
-  while (ring.length - drop > 1000 || (rows > 100_000 && ring.length - drop > 2)) rows -= ring[drop++]!.rows.length;
+  while (ring.length - drop > 1000 || (rows > 100_000 && ring.length - drop > 2)) rows -= countOf(ring[drop++]!);
   if (drop > 0) ring.splice(0, drop);
   return ring;
 }
+
+/** A position with its rows as text: as objects 100,000 rows are 14 MB, through which the garbage collector goes again and again. */
+class CompactPosition implements Position {
+  readonly n: number;
+  readonly uid: string;
+  readonly prev: string;
+  readonly count: number;
+  readonly #rows: string;
+  constructor({ n, uid, prev, rows }: Position) {
+    this.n = n;
+    this.uid = uid;
+    this.prev = prev;
+    this.count = rows.length;
+    this.#rows = JSON.stringify(rows);
+  }
+  get rows(): Position["rows"] {
+    return JSON.parse(this.#rows);
+  }
+}
+const countOf = (position: Position): number => position instanceof CompactPosition ? position.count : position.rows.length;
 
 /** The sealed protocol: one batch after the other, each with its position. Answers: drained? */
 async function deliverSealed(o: Settings, source: SourceSession, sink: AtomicSink): Promise<boolean> {
@@ -2018,13 +2038,12 @@ async function deliverSealed(o: Settings, source: SourceSession, sink: AtomicSin
         sealed = await seal();
         continue;
       }
-      const { messages, ...position } = batch;
-      ring.push(position);
+      ring.push(new CompactPosition(batch));
       boundRing(ring);
       failures = 0;
       fencedSince = undefined;
       const ms = runtime.now() - since;
-      for (const { id, topic, key, time } of messages) {
+      for (const { id, topic, key, time } of batch.messages) {
         const attempt = (attempts.get(id) ?? 0) + 1;
         attempts.delete(id);
         o.count("delivered");
@@ -2041,7 +2060,7 @@ async function deliverSealed(o: Settings, source: SourceSession, sink: AtomicSin
     try {
       const floor = await source.settled();
       session = await sink.open({ relay, source: source.id });
-      const ring = [...session.ring];
+      const ring: Position[] = session.ring.map((position) => new CompactPosition(position));
       const cursor = ring.at(-1) ?? START;
       if (cursor.n < floor) {
         throw new EffectError(
