@@ -3,7 +3,6 @@
  *
  * @module
  */
-import type { Outbox } from "./mod.ts";
 import { type Command, JSON_OUT, STORE, using } from "./cli/command.ts";
 import { demo } from "./cli/demo.ts";
 import { EFFECTS } from "./cli/effects.ts";
@@ -15,6 +14,7 @@ import { maskedWord } from "./cli/mask.ts";
 import { schemaOf } from "./cli/open.ts";
 import { need } from "./cli/permissions.ts";
 import { print, write } from "./cli/print.ts";
+import { PRUNE } from "./cli/prune.ts";
 import { RELAY } from "./cli/relay.ts";
 
 const COMMANDS: Readonly<Record<string, Command>> = {
@@ -32,32 +32,7 @@ const COMMANDS: Readonly<Record<string, Command>> = {
   relay: RELAY,
   status: STATUS,
   ...EFFECTS,
-  prune: {
-    summary: "forget effects that ended, and kept rows, when they are old",
-    flags: {
-      store: STORE,
-      "older-than-ms": {
-        kind: "number",
-        max: Number.MAX_SAFE_INTEGER,
-        default: 7 * 86_400_000,
-        help: "their age: longer than a message can come again",
-      },
-      json: JSON_OUT,
-    },
-    example: "prune --store sqlite:app.db --older-than-ms 2592000000",
-    run: (flags) =>
-      using(flags, async ({ store, outbox }) => {
-        const olderThanMs = flags.number("older-than-ms")!;
-        const all = async (prune: Outbox["prune"]) => {
-          let total = 0;
-          for (let n = 1; n > 0; total += n) n = await prune({ olderThanMs, limit: 1000 });
-          return total;
-        };
-        const effects = await all(store.prune);
-        const messages = await all(outbox({}).prune);
-        print(flags, { effects, messages }, `pruned ${effects} effects and ${messages} messages`);
-      }),
-  },
+  prune: PRUNE,
   schema: {
     summary: "the SQL of the tables, for your own migrations",
     flags: { store: { ...STORE, help: "the kind of database, such as sqlite:" } },

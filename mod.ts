@@ -466,7 +466,7 @@ export interface EffectStore<Client> extends ClaimStore {
    * else rolled back. Retried as a whole when the database was busy: the function must have no effect outside of it.
    */
   transaction<T>(run: (effects: EffectTransaction, client: Client) => Promise<T>): Promise<T>;
-  /** Works in the caller's own open transaction. */
+  /** Works in the caller's own open transaction. If a call of the handle throws, roll back, even if you caught the error. */
   join(open: Client | RunSql): EffectTransaction;
   /** The positions that were committed last with {@linkcode EffectTransaction.advance}, oldest first: 100, if there are. */
   positions(owner: PositionOwner): Promise<readonly Position[]>;

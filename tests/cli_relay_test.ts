@@ -650,6 +650,35 @@ Deno.test("--topics takes only these, and each message once, even if a topic is 
   }
 });
 
+Deno.test("prune keeps effects of messages in an outbox elsewhere: that of --from, or those of the file's relays", async () => {
+  await using target = new Target();
+  await using at = await box();
+  target.answer = ({ key }) => new Response("why", { status: key.startsWith("bad") ? 400 : 200 });
+  for (const store of ["sqlite:claims.db", "sqlite:second.db"]) await at.ok(["init", "--store", store]);
+  const claims = ["--store", "sqlite:claims.db"];
+  await at.enqueue({ id: "good", value: 1 }, { id: "bad", value: 1 });
+  assertEquals((await at.run(drainTo(target.url, ...claims))).code, 1);
+  await at.ok(["enqueue", "--store", "sqlite:second.db", "--topic", "t", "--id", "bad-2", "--value", "1"]);
+  const second = ["relay", "--from", "sqlite:second.db", "--to", target.url, "--drain", "--name", "second"];
+  assertEquals((await at.run([...second, ...claims])).code, 1);
+  const file = { relays: { default: {}, second: { from: "sqlite:second.db" } } };
+  const shared = { from: DB, to: target.url, store: "sqlite:claims.db" };
+  for (const relay of Object.values(file.relays)) Object.assign(relay, { ...shared, ...relay });
+  await Deno.writeTextFile(at.path("relays.json"), JSON.stringify(file));
+  const left = async () => (await at.json(["effects", "list", ...claims]) as { key: string }[]).map(({ key }) => key);
+  const old = ["--older-than-ms", "0"];
+
+  assertEquals(await at.json(["prune", "--config", "relays.json"]), { effects: 0, messages: 0 }, "not within a week");
+  assertEquals(await at.json(["prune", "--config", "relays.json", ...old]), { effects: 1, messages: 0 });
+  assertEquals(await left(), ["bad", "bad-2"]);
+  assertEquals(await at.json(["prune", ...claims, "--from", "sqlite:second.db", ...old]), { effects: 1, messages: 0 });
+  assertEquals(await left(), ["bad-2"]);
+  assertEquals(await at.json(["prune", ...claims, ...old]), { effects: 1, messages: 0 }, "the naive way shows no fault");
+  for (const wrong of [["--from", "sqlite:none.db", ...claims], ["--config", "none.json"]]) {
+    assertFailure(await at.run(["prune", ...wrong]), wrong[1]!, "does not exist");
+  }
+});
+
 Deno.test("--keep keeps delivered rows until prune, and prune forgets what is old enough and ended", async () => {
   await using target = new Target();
   await using at = await box();
