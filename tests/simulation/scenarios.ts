@@ -499,8 +499,9 @@ async function playRelays(simulation: Simulation, kind: Kind, folder: string): P
         state !== "claimed" || untilMs <= simulation.now && rows.some((row) => row.id === key && row.state === "parked")
       );
   };
-  // Who is paused wakes, and what is late arrives.
-  await simulation.until(() => false, simulation.now + 2500);
+  // Who is paused wakes, and what is late arrives. A plain relay's call is no claim that could be seen: it must have given up
+  // (after 1000 ms of pause and 3000 of hanging), for what it says may set aside anew what another relay has parked.
+  await simulation.until(() => false, simulation.now + (kind === "plain" ? 4500 : 2500));
   await reach(simulation, "rest after the faults ended", atRest);
   for (let round = 0; storage.rows().some(({ id, state }) => state === "parked" && !poison.has(id)); round++) {
     if (round > 10) simulation.violate("an operator cannot get what is parked to go");
