@@ -735,6 +735,23 @@ export const storeCases: readonly Case<StoreHarness>[] = [
     await interrupt(storage);
     expectEqual((await take(store, KEY, { repeatWithinMs: 2 * LEASE })).attempt, 2, "the attempt");
   }),
+  storeCase(
+    "resolve() as retry repeats one in doubt under its key, for those who may; for others the doubt stays",
+    async (storage) => {
+      const { store, again } = storage;
+      const { fence, generation } = await interrupt(storage);
+      for (const _ of [1, 2]) {
+        await stands(store, "uncertain");
+        await again.resolve(KEY, { as: "retry" });
+      }
+      const claim = await take(again, KEY, { repeatWithinMs: YEAR });
+      expectEqual([claim.attempt, claim.generation], [1, generation], "attempt and generation");
+      await expectError(() => store.complete(KEY, fence, "late"), "lease_lost", "complete() of the first owner");
+      await expectError(() => store.resolve(KEY, { as: "retry" }), "busy", "resolve() under a live lease");
+      await store.fail(KEY, claim.fence, { as: "rejected", reason: "no" });
+      await stands(store, "uncertain"); // Refused now, but the first attempt may have happened.
+    },
+  ),
   storeCase("resolve() as rejected ends a doubt for ever", async (storage) => {
     const { store, again, advance } = storage;
     await interrupt(storage);
@@ -869,6 +886,16 @@ export const storeCases: readonly Case<StoreHarness>[] = [
     await refuse(store, { as: "retryable" }, keyOf("waiting"));
     for (const i of [1, 2]) await take(store, keyOf(`claimed ${i}`));
     expectEqual(await again.count(), { claimed: 2, waiting: 1, done: 3, rejected: 1, uncertain: 1 }, "the counts");
+  }),
+  storeCase("count() of a scope tells of that one", async ({ store, again }) => {
+    for (const scope of ["a", "b", "b "]) {
+      const key = { scope, key: "1" };
+      await store.complete(key, (await take(store, key)).fence);
+    }
+    await take(store, { scope: "b", key: "2" });
+    const none = { claimed: 0, waiting: 0, done: 0, rejected: 0, uncertain: 0 };
+    expectEqual(await again.count("b"), { ...none, claimed: 1, done: 1 }, "the counts of b");
+    expectEqual(await again.count("c"), none, "the counts of c");
   }),
   storeCase("prune() forgets what ended long ago, and nothing else", async (storage) => {
     const { store, again, advance } = storage;
@@ -1610,8 +1637,9 @@ export const sourceCases: readonly Case<SourceHarness>[] = [
     await source().open({ ...RELAY, relay: "other" });
   }),
   sourceCase("a relay that fell silent keeps its topics for its name, but for the plain protocol", async (storage) => {
-    const { source, again, advance } = storage;
+    const { source, again, enqueue, advance } = storage;
     for (const protocol of ["claimed", "sealed", "plain"] as const) {
+      await enqueue({ id: protocol, topic: protocol, key: null, value: null });
       const options = { ...RELAY, topics: [protocol], protocol };
       const other = () => again({ topics: [protocol] }).open({ ...options, relay: `other ${protocol}` });
       const session = await source({ topics: [protocol] }).open(options);
@@ -1626,6 +1654,20 @@ export const sourceCases: readonly Case<SourceHarness>[] = [
       } else {
         await other();
       }
+    }
+  }),
+  sourceCase("a relay that fell silent keeps no topics of which nothing is left", async (storage) => {
+    const { source, again, enqueue, advance } = storage;
+    for (const protocol of ["claimed", "sealed"] as const) {
+      const options = { ...RELAY, protocol };
+      const id = protocol === "sealed" ? "b1" : "a1";
+      await enqueue(note(id));
+      const session = await source().open(options);
+      expectEqual(protocol === "sealed" ? await drainSealed(session) : await drain(session), [id], "the messages");
+      await advance(LEASE + SOON);
+      const other = await again().open({ ...options, relay: "other" });
+      expectEqual(other.inherited, false, "inherited");
+      await other.close(true);
     }
   }),
   sourceCase("a relay that wakes after its topics went to another name delivers nothing more", async (storage) => {
@@ -2508,6 +2550,24 @@ export const relayCases: readonly Case<RelayHarness>[] = [
     expectEqual([report.delivered, world.calls.length], [1, 1], "messages delivered, and calls");
     expectEqual(world.about("a1"), ["claimed", "delivered"], "the events");
   }),
+  relayCase("writes an outcome down though the store is busy for longer than the lease", async (world) => {
+    await world.enqueue("a1", "b1");
+    const freeAt = world.clock.now() + 2 * LEASE;
+    const unlessBusy = <A extends unknown[], T>(run: (...args: A) => Promise<T>) => (...args: A): Promise<T> =>
+      world.clock.now() < freeAt ? Promise.reject(new EffectError("busy", "locked by another writer")) : run(...args);
+    const { completeAll, fail, renew } = world.store;
+    const store: ClaimStore = {
+      ...world.store,
+      completeAll: unlessBusy(completeAll),
+      fail: unlessBusy(fail),
+      renew: unlessBusy(renew),
+    };
+    const to = world.target(({ id }) => id === "b1" ? Promise.reject(rejected("no such account")) : Promise.resolve(null));
+    const report = await world.run({ store, to });
+    expectEqual(report, { delivered: 1, parked: 1, uncertain: 0 }, "the report");
+    expectEqual(world.calls.length, 2, "the number of calls");
+    expect(world.of("failed").length > 0, "a `failed` event meanwhile");
+  }),
 
   // doubt
   relayCase("never repeats a call that is not safe to repeat, after an unknown outcome", async (world) => {
@@ -2865,16 +2925,17 @@ export const relayCases: readonly Case<RelayHarness>[] = [
   }),
   relayCase("goes on when the source or the store was busy", async (world) => {
     await world.enqueue("a1", "b1");
-    let [reads, claims] = [0, 0];
+    let [opens, reads, claims] = [0, 0, 0];
     const busy = () => Promise.reject(new EffectError("busy", "locked by another writer"));
-    const from = tapped(memoryOutbox(world.store), ({ read }) => ({
+    const outbox = tapped(memoryOutbox(world.store), ({ read }) => ({
       read: (limits) => reads++ === 0 ? busy() : read(limits),
     }));
+    const from: Source = { ...outbox, open: (options) => opens++ < 10 ? busy() : outbox.open(options) };
     const { claimAll } = world.store;
     const store: ClaimStore = { ...world.store, claimAll: (keys) => claims++ === 0 ? busy() : claimAll(keys) };
     const report = await world.run({ from, store, to: world.target() });
     expectEqual([report.delivered, world.calls.length], [2, 2], "messages delivered, and calls");
-    expect(world.of("failed").length >= 2, `two \`failed\` events at least, got ${world.of("failed").length}`);
+    expect(world.of("failed").length >= 12, `twelve \`failed\` events at least, got ${world.of("failed").length}`);
   }),
   relayCase("passes on a failure of the source, once the calls under way are over", async (world) => {
     await world.enqueue("a1", "b1");
@@ -3175,5 +3236,27 @@ export const relayCases: readonly Case<RelayHarness>[] = [
       stop.abort();
       await world.finish(work);
     }
+  }),
+  relayCase("tells once that another relay has the sink, until it has it itself", async (world) => {
+    const { handle, contents } = world.destination();
+    let taken = true;
+    const unlessTaken = <T>(run: () => Promise<T>): Promise<T> =>
+      taken ? Promise.reject(new EffectError("fenced", "another relay has it")) : run();
+    const sink = tappedSink(handle(), (session, batch) => unlessTaken(() => session.commit(batch)));
+    const to: AtomicSink = { ...sink, open: (owner) => unlessTaken(() => sink.open(owner)) };
+    await world.enqueue("a1");
+    const stop = new AbortController();
+    const work = world.start({ drain: false, signal: stop.signal, to });
+    for (const times of [1, 2]) {
+      await world.time.pass(60_000);
+      expectEqual(world.of("fenced").length, times, "the number of `fenced` events");
+      taken = false;
+      await world.time.until(() => contents().length === times, "a delivery");
+      await world.time.pass(20_000);
+      taken = true;
+      await world.enqueue(`b${times}`);
+    }
+    stop.abort();
+    await world.finish(work);
   }),
 ];

@@ -318,7 +318,10 @@ export type Resolution =
   | { readonly as: "done"; readonly result?: Json }
   /** It did not happen, and may run anew (under a new idempotency key if it may have been sent). */
   | { readonly as: "absent" }
-  /** It need not wait any longer for its next attempt, which is like any other: under the same idempotency key. */
+  /**
+   * It shall be tried again under the same idempotency key, at once. One in doubt stays in doubt, unless its caller says
+   * that the target dedupes, and within its window.
+   */
   | { readonly as: "retry" }
   /** It shall never run. */
   | { readonly as: "rejected"; readonly reason: string };
@@ -327,6 +330,8 @@ export type Resolution =
 export interface EffectRecord extends EffectKey {
   /** Where it stands. */
   readonly state: EffectState;
+  /** 1, and one more each time that it was let run anew under another idempotency key. */
+  readonly generation: number;
   /** Attempts of this generation. */
   readonly attempts: number;
   /** Whether an attempt may have happened whose outcome is not known, so that it must not simply run anew. */
@@ -418,8 +423,8 @@ export interface ClaimStore {
   resolve(key: EffectKey, resolution: Resolution, fence?: number): Promise<void>;
   /** Effects in byte order of scope and key. */
   list(options?: ListOptions): Promise<readonly EffectRecord[]>;
-  /** How many effects stand where. */
-  count(): Promise<Readonly<Record<EffectState, number>>>;
+  /** How many effects stand where: all, or those of a scope. */
+  count(scope?: string): Promise<Readonly<Record<EffectState, number>>>;
   /** Forgets effects that ended long ago; answers how many. Bounded: call it until it answers 0. */
   prune(options: PruneOptions): Promise<number>;
 }
@@ -521,7 +526,7 @@ export interface EffectRows {
   /** See {@linkcode ClaimStore.list}. */
   list(options: ListOptions & { readonly limit: number }): Promise<readonly EffectRow[]>;
   /** See {@linkcode ClaimStore.count}. */
-  count(): Promise<Readonly<Record<EffectState, number>>>;
+  count(scope?: string): Promise<Readonly<Record<EffectState, number>>>;
   /** See {@linkcode ClaimStore.prune}. */
   prune(options: Required<PruneOptions>): Promise<number>;
 }
@@ -750,7 +755,9 @@ function resolveStep(key: EffectKey, resolution: Resolution, fence: number | und
       };
     }
     if (resolution.as === "retry") {
-      if (row.state === "waiting") return { write: { ...base, attempt: 0 }, answer: undefined };
+      if (row.state === "waiting" || row.state === "uncertain") {
+        return { write: { ...base, state: "waiting", attempt: 0 }, answer: undefined };
+      }
       return refuse(new RangeError(`${named}: it is ${row.state}, and waits for no attempt`));
     }
     if (resolution.as === "rejected") {
@@ -819,6 +826,7 @@ export function claimStore(rows: EffectRows): ClaimStore {
         scope: row.scope,
         key: row.key,
         state: row.state,
+        generation: row.generation,
         attempts: row.attempt,
         doubt: row.firstMs !== null && row.state !== "done",
         since: new Date(row.state === "uncertain" ? row.untilMs : row.changedMs),
@@ -827,7 +835,7 @@ export function claimStore(rows: EffectRows): ClaimStore {
         evidence: row.evidence === null ? null : JSON.parse(row.evidence),
       }));
     },
-    count: () => rows.count(),
+    count: (scope) => rows.count(scope),
     prune: ({ olderThanMs, limit = 1000, outboxes = [] }) =>
       rows.prune({ olderThanMs: integer("olderThanMs", olderThanMs, 0), limit: integer("limit", limit, 1), outboxes }),
   };
@@ -1093,7 +1101,7 @@ export async function once<R extends Json | void, Q extends Json | Uint8Array = 
       continue;
     }
     try {
-      await persist(runtime, () => store.complete(key, fence, result as Json));
+      await insist(runtime, () => store.complete(key, fence, result as Json), fewTimes);
     } catch (error) {
       if (!isCode(error, "lease_lost")) throw error;
       observe?.({ type: "lease_lost", scope, key: key.key });
@@ -1113,17 +1121,25 @@ function isCode(error: unknown, code: EffectErrorCode): boolean {
   return error instanceof Error && "code" in error && error.code === code;
 }
 
-/** What has happened outside must be written down: tries a few times before the outcome is left in doubt. */
-async function persist<T>(runtime: Runtime, write: () => Promise<T>): Promise<T> {
+/** Runs it, with pauses, for as long as it fails and `again` says so. */
+async function insist<T>(
+  runtime: Runtime,
+  run: () => Promise<T>,
+  again: (error: unknown, attempt: number, afterMs: number) => boolean,
+): Promise<T> {
   for (let attempt = 1;; attempt++) {
     try {
-      return await write();
+      return await run();
     } catch (error) {
-      if (attempt === 5 || isCode(error, "lease_lost")) throw error;
-      await runtime.sleep(backOff(attempt, 50, 1000, runtime));
+      const afterMs = backOff(attempt, 50, 1000, runtime);
+      if (!again(error, attempt, afterMs)) throw error;
+      await runtime.sleep(afterMs);
     }
   }
 }
+
+/** What has happened outside must be written down: tried a few times before the outcome is left in doubt. */
+const fewTimes = (error: unknown, attempt: number): boolean => attempt < 5 && !isCode(error, "lease_lost");
 
 // ------------------------------------------------------------------------------------------------------ positions, batches
 
@@ -1209,10 +1225,26 @@ export interface Park {
 export interface OutboxStatus {
   /** Messages not delivered and not parked, whether they may go now, wait for another attempt or for an earlier message. */
   readonly pending: number;
+  /** Those of them that are held back behind a waiting or parked one of their key, as far as a relay has seen. */
+  readonly heldBack: number;
   /** Messages set aside until a person decides. */
   readonly parked: number;
   /** Age of the oldest pending message in milliseconds; null if there is none. */
   readonly oldestMs: number | null;
+}
+
+/** A relay that is registered at an outbox, as operators see it. */
+export interface RegisteredRelay {
+  /** Its name. */
+  readonly relay: string;
+  /** How it delivers. */
+  readonly protocol: Protocol;
+  /** Its topics; null: all. */
+  readonly topics: readonly string[] | null;
+  /** Whether it runs; one that has died runs until its lease ends. Else it left something behind, and keeps its topics. */
+  readonly live: boolean;
+  /** Messages in batches that it has sealed and not seen delivered. */
+  readonly sealed: number;
 }
 
 /** A message in an outbox, as operators see it. */
@@ -1241,6 +1273,15 @@ export interface Outbox extends Source {
   release(id: string): Promise<boolean>;
   /** Removes a parked or waiting message for good, and frees what it held back; false if there is no such message. */
   discard(id: string): Promise<boolean>;
+  /** The relays that are registered. */
+  relays(): Promise<readonly RegisteredRelay[]>;
+  /**
+   * Gives up a relay's name, so that another may have its topics: what it called or sent and did not settle, that one calls or
+   * sends again. False if there is nothing of it.
+   *
+   * @throws {EffectError} `busy` while it runs.
+   */
+  forget(relay: string): Promise<boolean>;
   /** Deletes delivered messages that were kept; answers how many. Bounded: call it until it answers 0. */
   prune(options: Omit<PruneOptions, "outboxes">): Promise<number>;
 }
@@ -1518,7 +1559,7 @@ export type RelayEvent =
   | { readonly type: "lease_lost" } & MessageEvent
   /** The target's answer was not JSON or over 64 KiB, and was not kept. */
   | { readonly type: "result_omitted" } & MessageEvent
-  /** Another relay of this name was faster; this one reads its position again. */
+  /** Another relay of this name was faster; this one reads its position again, and stands by. Told once, until it is over. */
   | { readonly type: "fenced"; readonly relay: string; readonly reason: string }
   /** The source's database went back in time, and was repaired from what the sink remembers. */
   | { readonly type: "repaired"; readonly relay: string; readonly batches: number; readonly ids: readonly string[] }
@@ -1619,6 +1660,8 @@ type Settings = Required<Omit<RelayOptions, "store" | "signal" | "observe" | "fr
   readonly stopped: () => boolean;
   readonly emit: (event: RelayEvent) => void;
   readonly count: (what: keyof RelayReport) => void;
+  /** A busy database passes, which is told. */
+  readonly passes: (error: unknown, afterMs: number) => boolean;
   readonly signal: AbortSignal | undefined;
 };
 
@@ -1726,7 +1769,7 @@ async function deliverClaimed(
   const wake = () => bell.abort();
   o.signal?.addEventListener("abort", wake);
   const claim = grouped(store.claimAll);
-  const complete = grouped((completions: readonly Completion[]) => persist(runtime, () => store.completeAll(completions)));
+  const complete = grouped((completions: readonly Completion[]) => record(() => store.completeAll(completions)));
   const settle = grouped(async (messages: readonly Message[]) => {
     await source.settle(messages);
     return messages.map(() => undefined);
@@ -1737,10 +1780,18 @@ async function deliverClaimed(
   });
   const about = ({ id, topic, key, time }: Message) => ({ relay, id, topic, key, time });
   const stopping = () => failure !== undefined || o.stopped();
-  /** A busy database passes; any other failure of source or store ends the relay, once the calls under way are over. */
+  /** Any failure of source or store but a busy database ends the relay, once the calls under way are over. */
   function failed(error: unknown, afterMs: number): void {
-    if (isCode(error, "busy")) o.emit({ type: "failed", relay, reason: reasonOf(error), afterMs });
-    else failure ??= { error };
+    if (!o.passes(error, afterMs)) failure ??= { error };
+  }
+
+  /** A database that is busy for longer than a lease still learns the outcome: the fence, not the lease, lets it. */
+  function record<T>(write: () => Promise<T>): Promise<T> {
+    return insist(
+      runtime,
+      write,
+      (error, attempt, afterMs) => o.passes(error, afterMs) && !o.stopped() || fewTimes(error, attempt),
+    );
   }
 
   /** Whether the lane goes on with its next message. */
@@ -1831,7 +1882,7 @@ async function deliverClaimed(
       const retryMs = again ? Math.max(known?.afterMs ?? 0, backOffMs) : undefined;
       let state: EffectState;
       try {
-        state = await persist(runtime, () => store.fail(key, fence, { as, reason, result: known?.result, retryMs }));
+        state = await record(() => store.fail(key, fence, { as, reason, result: known?.result, retryMs }));
       } catch (failed) {
         if (isCode(failed, "lease_lost")) return leaseLost(message);
         throw failed;
@@ -1956,25 +2007,18 @@ export function boundRing(ring: Position[]): Position[] {
   return ring;
 }
 
-/** A position with its rows as text: as objects 100,000 rows are 14 MB, through which the garbage collector goes again and again. */
-class CompactPosition implements Position {
-  readonly n: number;
-  readonly uid: string;
-  readonly prev: string;
-  readonly count: number;
-  readonly #rows: string;
-  constructor({ n, uid, prev, rows }: Position) {
-    this.n = n;
-    this.uid = uid;
-    this.prev = prev;
-    this.count = rows.length;
-    this.#rows = JSON.stringify(rows);
-  }
-  get rows(): Position["rows"] {
-    return JSON.parse(this.#rows);
-  }
+/** A position with its rows as text: as objects 100,000 rows are 14 MB, which the garbage collector visits again and again. */
+function compact({ n, uid, prev, rows }: Position): CompactPosition {
+  const text = JSON.stringify(rows);
+  return {
+    ...{ n, uid, prev, count: rows.length },
+    get rows() {
+      return JSON.parse(text);
+    },
+  };
 }
-const countOf = (position: Position): number => position instanceof CompactPosition ? position.count : position.rows.length;
+type CompactPosition = Position & { readonly count?: number };
+const countOf = (position: CompactPosition): number => position.count ?? position.rows.length;
 
 /** The sealed protocol: one batch after the other, each with its position. Answers: drained? */
 async function deliverSealed(o: Settings, source: SourceSession, sink: AtomicSink): Promise<boolean> {
@@ -2022,6 +2066,7 @@ async function deliverSealed(o: Settings, source: SourceSession, sink: AtomicSin
           if (o.drain && sealed.waitMs === null) return true;
           if (!idle) o.emit({ type: "idle", relay });
           idle = true;
+          fencedSince = undefined;
           await runtime.sleep(Math.min(o.pollMs, sealed.waitMs ?? o.pollMs), o.signal);
         }
         sealed = await seal();
@@ -2038,7 +2083,7 @@ async function deliverSealed(o: Settings, source: SourceSession, sink: AtomicSin
         sealed = await seal();
         continue;
       }
-      ring.push(new CompactPosition(batch));
+      ring.push(compact(batch));
       boundRing(ring);
       failures = 0;
       fencedSince = undefined;
@@ -2060,7 +2105,7 @@ async function deliverSealed(o: Settings, source: SourceSession, sink: AtomicSin
     try {
       const floor = await source.settled();
       session = await sink.open({ relay, source: source.id });
-      const ring: Position[] = session.ring.map((position) => new CompactPosition(position));
+      const ring: Position[] = session.ring.map(compact);
       const cursor = ring.at(-1) ?? START;
       if (cursor.n < floor) {
         throw new EffectError(
@@ -2076,9 +2121,9 @@ async function deliverSealed(o: Settings, source: SourceSession, sink: AtomicSin
       const afterMs = backOff(fenced ? 3 : ++failures, o.minRetryMs, o.maxRetryMs, runtime);
       if (failures > o.attempts) throw error;
       if (fenced) {
+        if (fencedSince === undefined) o.emit({ type: "fenced", relay, reason: reasonOf(error) });
         fencedSince ??= runtime.now();
         if (o.drain && runtime.now() - fencedSince > o.leaseMs) throw error;
-        o.emit({ type: "fenced", relay, reason: reasonOf(error) });
       } else {
         o.emit({ type: "failed", relay, reason: reasonOf(error), afterMs });
       }
@@ -2123,10 +2168,34 @@ export async function relay(options: RelayOptions): Promise<RelayReport> {
   const emit = (event: RelayEvent) => options.observe?.(event);
   const count = (what: keyof RelayReport) => report[what]++;
   const stopped = () => signal?.aborted ?? false;
+  const passes = (error: unknown, afterMs: number) => {
+    if (!isCode(error, "busy")) return false;
+    emit({ type: "failed", relay: name, reason: reasonOf(error), afterMs });
+    return true;
+  };
   const times = { leaseMs, minRetryMs, maxRetryMs, settleMs, pollMs };
-  const o = { name, drain, lanes, batch, batchBytes, attempts, onPark, runtime, signal, emit, count, stopped, ...times };
+  const o = {
+    name,
+    drain,
+    lanes,
+    batch,
+    batchBytes,
+    attempts,
+    onPark,
+    runtime,
+    signal,
+    emit,
+    count,
+    stopped,
+    passes,
+    ...times,
+  };
 
-  const source = await from.open({ relay: name, protocol: promise.protocol, onPark, leaseMs });
+  const source = await insist(
+    runtime,
+    () => from.open({ relay: name, protocol: promise.protocol, onPark, leaseMs }),
+    (error, _, afterMs) => passes(error, afterMs) && !stopped(),
+  );
   emit({ type: "started", relay: name, from: from.name, to: to.name, guarantee: promise });
   const over = new AbortController();
   async function stayAlive(): Promise<void> {

@@ -372,14 +372,8 @@ async function release(file: Deno.FsFile): Promise<void> {
   file.close();
 }
 
-/** Errors that no waiting heals. */
-const HOPELESS = [
-  Deno.errors.NotFound,
-  Deno.errors.PermissionDenied,
-  Deno.errors.NotCapable,
-  Deno.errors.IsADirectory,
-  Deno.errors.NotADirectory,
-];
+/** Errors that no waiting heals, by name: this module is imported elsewhere too, for its lines. */
+const HOPELESS: readonly string[] = ["NotFound", "PermissionDenied", "NotCapable", "IsADirectory", "NotADirectory"];
 
 /** Opens the file under an exclusive lock, or says who is ahead; `created`: it was missing. */
 async function acquire(path: string, name: string) {
@@ -391,7 +385,7 @@ async function acquire(path: string, name: string) {
       file = await Deno.open(path, { read: true, write: true, create: created });
     } catch (error) {
       if (created === false && error instanceof Deno.errors.NotFound && attempt < 10) continue; // Removed just now.
-      if (HOPELESS.some((kind) => error instanceof kind)) throw unusable(name, (error as Error).message, error);
+      if (error instanceof Error && HOPELESS.includes(error.name)) throw unusable(name, error.message, error);
       throw error;
     }
     try {

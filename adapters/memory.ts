@@ -23,6 +23,7 @@ import {
   claimStore,
   createMessage,
   type Delivery,
+  EffectError,
   type EffectKey,
   type EffectRow,
   type EffectStore,
@@ -38,6 +39,7 @@ import {
   type OutboxMessage,
   type Park,
   type Position,
+  type Protocol,
   type ReadLimits,
   type Runtime,
   START,
@@ -91,7 +93,7 @@ interface Memory {
   onPark: "block" | "skip";
   readonly turns: <T>(run: () => T | Promise<T>) => Promise<T>;
   readonly now: () => number;
-  readonly sessions: Set<{ readonly relay: string; readonly topics: readonly string[] | undefined }>;
+  readonly sessions: Set<{ readonly relay: string; readonly protocol: Protocol; readonly topics?: readonly string[] }>;
 }
 
 /** Rows are never changed, only replaced. */
@@ -225,9 +227,9 @@ export function memoryStore(options: MemoryStoreOptions = {}): MemoryStore {
             (!after || byKey(after, row) < 0)
           ).slice(0, limit),
         ),
-      count() {
+      count(only) {
         const counts = { claimed: 0, waiting: 0, done: 0, rejected: 0, uncertain: 0 };
-        for (const { state } of memory.state.effects.values()) counts[state]++;
+        for (const { state, scope } of memory.state.effects.values()) if ((only ?? scope) === scope) counts[state]++;
         return Promise.resolve(counts);
       },
       prune: createPrune({
@@ -300,7 +302,8 @@ export function memoryOutbox(store: MemoryStore, options: OutboxOptions = {}): O
         const rows = mine();
         const pending = rows.filter(({ state }) => state !== "parked");
         const oldestMs = pending.length > 0 ? Math.max(0, now() - pending[0]!.time.getTime()) : null;
-        return { pending: pending.length, parked: rows.length - pending.length, oldestMs };
+        const held = pending.filter((row) => shown(row).state === "blocked").length;
+        return { pending: pending.length, heldBack: held, parked: rows.length - pending.length, oldestMs };
       }),
     parked: (limit = 1000) =>
       turns(() =>
@@ -324,15 +327,32 @@ export function memoryOutbox(store: MemoryStore, options: OutboxOptions = {}): O
         const row = mineBy(id);
         return row !== undefined && row.state !== "pending" && memory.state.outbox.delete(row.seq);
       }),
+    relays: () =>
+      turns(() =>
+        [...memory.sessions].map(({ relay, protocol, topics = null }) => {
+          const sealed = memory.state.shards.get(relay)?.batches.flatMap(({ rows }) => rows).length ?? 0;
+          return { relay, protocol, topics, live: true, sealed };
+        })
+      ),
+    forget: (relay) =>
+      turns(() => {
+        if ([...memory.sessions].some((session) => session.relay === relay)) {
+          throw new EffectError("busy", `Cannot forget relay "${relay}" of ${NAME}: it runs. Stop it first`);
+        }
+        const shard = memory.state.shards.get(relay);
+        if (!shard || shard.batches.length === 0) return false;
+        memory.state.shards.set(relay, { ...shard, batches: [] });
+        return true;
+      }),
     prune: () => Promise.resolve(0),
     // deno-lint-ignore require-await -- what throws here must reject
-    async open({ relay, onPark }) {
+    async open({ relay, protocol, onPark }) {
       for (const other of memory.sessions) {
         const shared = !topics || !other.topics || topics.some((topic) => other.topics!.includes(topic));
         if (other.relay !== relay && shared) throw overlapping(NAME, other.relay, relay, topics);
       }
       memory.onPark = onPark;
-      const session = { relay, topics };
+      const session = { relay, protocol, topics };
       memory.sessions.add(session);
       const shard = () => memory.state.shards.get(relay) ?? { ...settledShard(START), batches: [] };
 

@@ -44,6 +44,7 @@ import {
   type OutboxMessage,
   type Park,
   type Position,
+  type Protocol,
   type ReadLimits,
   realRuntime,
   type RunSql,
@@ -707,15 +708,17 @@ export function sqliteStore<Client extends SqliteClient>(client: Client, options
         } order by scope, key limit ?`;
         return read(() => prepare(sql).all(...values, limit).map((stored) => toEffect(stored)!));
       },
-      count: () =>
+      count: (scope) =>
         read(() => {
           const counts: Record<EffectState, number> = { claimed: 0, waiting: 0, done: 0, rejected: 0, uncertain: 0 };
+          const [mine, values] = scope === undefined ? ["true", []] : ["scope = ?", [scope]];
           // Only what is not done is indexed by state: a claim that is done at once costs no index entry.
-          const open = prepare(`select state, count(*) as n from effectonce_effects where state <> 'done' group by state`)
-            .all();
-          const all = prepare(`select count(*) as n from effectonce_effects`).get() as { n: number };
+          const open = prepare(
+            `select state, count(*) as n from effectonce_effects where state <> 'done' and ${mine} group by state`,
+          ).all(...values) as { state: EffectState; n: number }[];
+          const all = prepare(`select count(*) as n from effectonce_effects where ${mine}`).get(...values) as { n: number };
           counts.done = all.n;
-          for (const { state, n } of open as { state: EffectState; n: number }[]) {
+          for (const { state, n } of open) {
             counts[state] = n;
             counts.done -= n;
           }
@@ -770,6 +773,17 @@ const HELD = "state not in ('pending', 'delivered')";
 const UNTIL = "state not in ('pending', 'blocked')";
 const WAITING = `${UNTIL} and state = 'waiting'`;
 
+const among = (topics: readonly string[] | null | undefined): string =>
+  topics ? ` and topic in (${topics.map(quoted).join(", ")})` : "";
+
+interface StoredRelay {
+  readonly instance: string;
+  readonly relay: string;
+  readonly protocol: Protocol;
+  readonly topics: string | null;
+  readonly until_ms: number;
+}
+
 interface StoredMessage {
   seq: string;
   id: string;
@@ -803,7 +817,7 @@ export function sqliteOutbox(client: SqliteClient, options: SqliteOutboxOptions 
   if (topics?.length === 0) throw new RangeError("Cannot read no topics: name one at least, or leave them out for all");
   const { name, prepare, read, write, now } = open(client, options);
   // As literals: the same few texts in many statements.
-  const mine = topics ? ` and topic in (${topics.map(quoted).join(", ")})` : "";
+  const mine = among(topics);
   /** Whether a message of the same key in one of these states comes before `o`. */
   const behind = (states: readonly string[]): string => {
     // One search for each: with two lists SQLite would take the longer one for the index, and walk over what is parked.
@@ -885,6 +899,21 @@ export function sqliteOutbox(client: SqliteClient, options: SqliteOutboxOptions 
     return found ? { ...found as OutboxMessage } : undefined; // A plain object, whatever the driver makes.
   }
 
+  const registrations = () =>
+    prepare(`select instance, relay, protocol, topics, until_ms from effectonce_relays order by relay, until_ms`)
+      .all() as readonly StoredRelay[];
+  const topicsOf = ({ topics }: StoredRelay): readonly string[] | null => topics === null ? null : JSON.parse(topics);
+  /** Whether messages or batches are there that a relay may have had in hand when it ended. */
+  function leaves(ended: StoredRelay): boolean {
+    if (ended.protocol === "plain") return false;
+    const theirs = among(topicsOf(ended));
+    return Boolean(
+      prepare(`select 1 from effectonce_outbox where state = 'pending'${theirs} limit 1`).get() ||
+        prepare(`select 1 from effectonce_outbox where ${HELD}${theirs} limit 1`).get() ||
+        prepare(`select 1 from effectonce_batches where relay = ? limit 1`).get(ended.relay),
+    );
+  }
+
   async function openSession(relay: string, protocol: string, onPark: "block" | "skip", leaseMs: number) {
     const instance = crypto.randomUUID();
     const registration = topics ? JSON.stringify(topics.toSorted()) : null;
@@ -893,20 +922,12 @@ export function sqliteOutbox(client: SqliteClient, options: SqliteOutboxOptions 
 
     const registered = () => Boolean(prepare(`select 1 from effectonce_relays where instance = ?`).get(instance));
     const register = (): { id: string; inherited: boolean } => {
-      const others = prepare(`select instance, relay, protocol, topics, until_ms from effectonce_relays`).all();
       let inherited = false;
-      for (const stored of others) {
-        const other = stored as {
-          instance: string;
-          relay: string;
-          protocol: string;
-          topics: string | null;
-          until_ms: number;
-        };
-        const theirs: readonly string[] | null = other.topics === null ? null : JSON.parse(other.topics);
+      for (const other of registrations()) {
+        const theirs = topicsOf(other);
         if (topics && theirs && !theirs.some((topic) => topics.includes(topic))) continue;
         const ended = other.until_ms <= now();
-        const leavesNothing = ended && other.protocol === "plain";
+        const leavesNothing = ended && !leaves(other);
         if (!leavesNothing) {
           if (other.relay !== relay) throw overlapping(name, other.relay, relay, topics);
           if (other.protocol !== protocol) {
@@ -1105,20 +1126,22 @@ export function sqliteOutbox(client: SqliteClient, options: SqliteOutboxOptions 
     open: ({ relay, protocol, onPark, leaseMs }) => openSession(relay, protocol, onPark, leaseMs),
     status: () =>
       read(() => {
-        const { pending, parked, oldest } = prepare(`select
+        const { pending, held, parked, oldest } = prepare(`select
           (select count(*) from effectonce_outbox where state = 'pending'${mine}) +
           (select count(*) from effectonce_outbox where ${HELD} and state <> 'parked'${mine}) as pending,
+          (select count(*) from effectonce_outbox where ${HELD} and state = 'blocked'${mine}) as held,
           (select count(*) from effectonce_outbox where ${HELD} and state = 'parked'${mine}) as parked,
           (select min(created_at) from effectonce_outbox where seq in (
             select min(seq) from effectonce_outbox where state = 'pending'${mine} union all
             select min(+seq) from effectonce_outbox where ${HELD} and state <> 'parked'${mine})) as oldest`)
           .get() as {
             pending: number;
+            held: number;
             parked: number;
             oldest: string | null;
           };
         const oldestMs = oldest === null ? null : Math.max(0, now() - new Date(oldest).getTime());
-        return { pending, parked, oldestMs };
+        return { pending, heldBack: held, parked, oldestMs };
       }),
     parked: (limit = 1000) =>
       read(() => {
@@ -1142,6 +1165,29 @@ export function sqliteOutbox(client: SqliteClient, options: SqliteOutboxOptions 
         // Whichever topics a relay has: it holds back again what it must.
         prepare(`update effectonce_outbox set state = 'pending' where state = 'blocked' and key = ?`).run(found.key);
         return true;
+      }),
+    relays: () =>
+      read(() =>
+        registrations().map((stored) => ({ ...stored, live: stored.until_ms > now() }))
+          .filter((stored) => stored.live || leaves(stored)).map((stored) => {
+            const { relay, protocol, live } = stored;
+            const { sealed } = prepare(
+              `select coalesce(sum(json_array_length(rows)), 0) as sealed from effectonce_batches where relay = ?`,
+            ).get(relay) as { sealed: number };
+            return { relay, protocol, topics: topicsOf(stored), live, sealed };
+          })
+      ),
+    forget: (relay) =>
+      write(() => {
+        const theirs = registrations().filter((stored) => stored.relay === relay);
+        const untilMs = Math.max(0, ...theirs.map((stored) => stored.until_ms));
+        if (untilMs > now()) {
+          const how = `it runs, or has died and is waited for until ${new Date(untilMs).toISOString()}`;
+          throw new EffectError("busy", `Cannot forget relay "${relay}" of ${name}: ${how}. Stop it first`);
+        }
+        prepare(`delete from effectonce_batches where relay = ?`).run(relay);
+        prepare(`delete from effectonce_relays where relay = ?`).run(relay);
+        return theirs.length > 0;
       }),
     prune: ({ olderThanMs, limit = 1000 }) =>
       write(() =>

@@ -12,6 +12,7 @@ import type { Flags } from "./flags.ts";
 import type { Database } from "./open.ts";
 import { print, seconds } from "./print.ts";
 import { RELAY_FLAGS } from "./relay_flags.ts";
+import { lineOf } from "./relays.ts";
 
 /** What is found out about each relay: with `--config` by name, without it of the one. */
 async function eachRelay(command: Flags, look: (flags: Flags) => Promise<Found>): Promise<number> {
@@ -64,21 +65,23 @@ export const DOCTOR: Command = {
   run: (command) => eachRelay(command, diagnose),
 };
 
-async function standing({ status }: Outbox, { count }: Database["store"]): Promise<Found> {
-  const { pending, parked, oldestMs } = await status();
-  const effects = await count();
+async function standing(outbox: Outbox, { count }: Database["store"], only: string | undefined): Promise<Found> {
+  const { pending, heldBack, parked, oldestMs } = await outbox.status();
+  const effects = await count(only);
+  const relays = (await outbox.relays()).filter(({ relay }) => (only ?? relay) === relay);
   const oldest = oldestMs === null ? "" : `, the oldest for ${seconds(oldestMs)}`;
   return {
-    value: { outbox: { pending, parked, oldestMs }, effects },
-    text: `outbox   ${pending} pending${oldest}, ${parked} parked\n` +
-      `effects  ${STATES.map((state) => `${effects[state]} ${state}`).join(", ")}`,
+    value: { outbox: { pending, heldBack, parked, oldestMs }, effects, relays },
+    text: `outbox   ${pending} pending${oldest}, ${heldBack} of them held back; ${parked} parked\n` +
+      `effects  ${STATES.map((state) => `${effects[state]} ${state}`).join(", ")}\n` +
+      `relays   ${relays.map(lineOf).join("\n         ") || "none runs"}`,
     ok: true,
   };
 }
 
 /** The command `status`. */
 export const STATUS: Command = {
-  summary: "what is pending, parked and in doubt",
+  summary: "what is pending, parked and in doubt, and which relays run",
   flags: { store: STORE, config: RELAY_FLAGS.config!, name: RELAY_FLAGS.name!, json: JSON_OUT },
   example: "status --store sqlite:app.db --json",
   run: (flags) =>
@@ -86,10 +89,11 @@ export const STATUS: Command = {
       ? eachRelay(flags, async (flags) => {
         using closing = new DisposableStack();
         const { source, store } = await openEnds(flags, closing);
-        return await standing(source, store);
+        return await standing(source, store, flags.text("name"));
       })
       : using(flags, async ({ store, outbox }) => {
-        const { value, text } = await standing(outbox({}), store);
+        const only = flags.has("name") ? flags.text("name") : undefined;
+        const { value, text } = await standing(outbox({}), store, only);
         print(flags, value, text);
       }),
 };

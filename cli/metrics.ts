@@ -32,6 +32,7 @@ const COUNTERS = {
 const GAUGES = {
   pending: ["effectonce_pending", "Messages in the outbox that are neither delivered nor parked."],
   oldestSeconds: ["effectonce_oldest_pending_age_seconds", "Age of the oldest pending message; 0 if there is none."],
+  heldBack: ["effectonce_held_back", "Pending messages that wait for a parked or waiting one of their key."],
   parked: ["effectonce_parked", "Messages in the outbox that are parked, those in doubt included."],
   inDoubt: ["effectonce_in_doubt", "Effects of the relay of which it is not known whether they happened."],
 } as const;

@@ -66,7 +66,7 @@ export class Watch {
 }
 
 async function count(relay: string, { source, store }: Watchable): Promise<Gauges> {
-  const { pending, parked, oldestMs } = await source.status();
+  const { pending, heldBack, parked, oldestMs } = await source.status();
   // Not store.count(): relays often share a store, and each is to be told of its own.
   let inDoubt = 0;
   let after: EffectKey | undefined;
@@ -75,5 +75,5 @@ async function count(relay: string, { source, store }: Watchable): Promise<Gauge
     inDoubt += found.length;
     after = found[999];
   } while (after);
-  return { pending, parked, oldestSeconds: (oldestMs ?? 0) / 1000, inDoubt };
+  return { pending, oldestSeconds: (oldestMs ?? 0) / 1000, heldBack, parked, inDoubt };
 }

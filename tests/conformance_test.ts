@@ -366,6 +366,10 @@ const storeFaults: Readonly<Record<string, StoreFault>> = {
     resolve: (key, resolution) => right.resolve(key, resolution),
   }),
   "resolve() refuses an effect that is done or missing": swallowing,
+  "resolve() as retry repeats one in doubt under its key, for those who may; for others the doubt stays": rows({
+    write: (row, before) =>
+      row.attempt === 0 && before?.state === "uncertain" ? { ...row, generation: row.generation + 1 } : row,
+  }),
   "resolve() overtakes the owner before it": rows({
     write: (row, before) =>
       row.attempt === 0 ? { ...row, state: "claimed", fence: before!.fence, untilMs: row.untilMs - 1 } : row,
@@ -391,6 +395,7 @@ const storeFaults: Readonly<Record<string, StoreFault>> = {
       return { ...counts, claimed: counts.claimed + counts.waiting, waiting: 0 };
     },
   }),
+  "count() of a scope tells of that one": (right) => ({ count: () => right.count() }),
   "prune() forgets what ended long ago, and nothing else": (right) => ({
     prune: (options) => right.prune({ ...options, olderThanMs: 0 }),
   }),
@@ -773,6 +778,10 @@ const sourceFaults: Readonly<Record<string, SourceFault>> = {
     close: () => close(true),
   })),
   "a relay that fell silent keeps its topics for its name, but for the plain protocol": sessions(() => ({ renew: nothing })),
+  "a relay that fell silent keeps no topics of which nothing is left": opened((options) => ({
+    ...options,
+    leaseMs: 2 ** 40,
+  })),
   "a relay that wakes after its topics went to another name delivers nothing more": sessions(({ read }) => ({
     read: (limits) => read(limits).catch(() => ({ messages: [], waitMs: null })),
   })),
@@ -1170,6 +1179,16 @@ const relayFaults: Readonly<Record<string, RelayFault>> = {
   "writes an outcome down though the store fails for a moment": stored(({ completeAll }) => ({
     completeAll: (completions) => completeAll(completions).catch(() => completions.map(() => false)),
   })),
+  "writes an outcome down though the store is busy for longer than the lease": stored(({ completeAll }) => {
+    let busy = 0;
+    return {
+      completeAll: (completions) =>
+        completeAll(completions).catch((error) => {
+          if (busy++ < 5) throw error;
+          throw new EffectError("source_invalid", "gave up");
+        }),
+    };
+  }),
   // Repeats a call that is not repeatable.
   "never repeats a call that is not safe to repeat, after an unknown outcome": called(({ deliver }) => ({
     deliver: (message, delivery) => deliver(message, delivery).catch(() => deliver(message, delivery)),
@@ -1300,6 +1319,12 @@ const relayFaults: Readonly<Record<string, RelayFault>> = {
     observe(event) {
       observe?.(event);
       if (event.type === "idle") observe?.(event);
+    },
+  })),
+  "tells once that another relay has the sink, until it has it itself": given(({ observe }) => ({
+    observe(event) {
+      observe?.(event);
+      if (event.type === "fenced") observe?.(event);
     },
   })),
 };

@@ -308,11 +308,42 @@ sqliteTest("refuses another protocol while messages are under way by the first",
   await (await sqliteOutbox(client).open(RELAY)).close(true);
 });
 
+sqliteTest("tells which relays there are, and gives up the name of one that has ended", async (open) => {
+  let now = Date.now();
+  const client = open();
+  const outbox = sqliteOutbox(client, { now: () => now });
+  assertEquals(await outbox.relays(), []);
+  const sealing = await sqliteOutbox(client, { now: () => now, topics: ["orders"] }).open({ ...SEALED, relay: "archive" });
+  await sqliteOutbox(client, { now: () => now, topics: ["mail", "sms"] }).open({ ...RELAY, relay: "mail" });
+  await enqueue(client, "a1", "a2", "b1");
+  await sealing.seal([], { ...ALL, rows: 2 });
+  const archive = { relay: "archive", protocol: "sealed", topics: ["orders"], live: true, sealed: 2 } as const;
+  const mail = { relay: "mail", protocol: "claimed", topics: ["mail", "sms"], live: true, sealed: 0 } as const;
+  assertEquals(await outbox.relays(), [archive, mail]);
+  const error = await assertRejects(
+    () => outbox.forget("archive"),
+    Error,
+    `Cannot forget relay "archive" of sqlite: it runs`,
+  );
+  assertEquals((error as { code?: string }).code, "busy");
+  assertEquals(await outbox.forget("none"), false);
+
+  now += 60_000; // Both have died.
+  assertEquals(await outbox.relays(), [{ ...archive, live: false }], "of mail nothing is left");
+  const other = () => outbox.open({ ...RELAY, relay: "other" });
+  await assertRejects(other, Error, `relay "archive" has them`);
+  assertEquals(await outbox.forget("archive"), true);
+  assertEquals([await outbox.relays(), await outbox.forget("archive")], [[], false]);
+  const { messages } = await (await other()).read(ALL);
+  assertEquals(messages.map(({ id }) => id), ["a1", "a2", "b1"], "what was sealed is pending");
+  assertEquals((await outbox.relays()).map(({ relay, live }) => [relay, live]), [["other", true]]);
+});
+
 sqliteTest("tells operators how messages stand, and lets them decide", async (open) => {
   let now = Date.now();
   const client = open();
   const outbox = sqliteOutbox(client, { now: () => now });
-  assertEquals(await outbox.status(), { pending: 0, parked: 0, oldestMs: null });
+  assertEquals(await outbox.status(), { pending: 0, heldBack: 0, parked: 0, oldestMs: null });
   await enqueue(client, "a1", "a2", "b1", "c1", "d1");
   const session = await outbox.open(RELAY);
   const { messages } = await session.read(ALL);
@@ -323,8 +354,8 @@ sqliteTest("tells operators how messages stand, and lets them decide", async (op
     { message: messages[3]!, reason: "gone", retryMs: null },
   ]);
   await session.read(ALL);
-  const { pending, parked, oldestMs } = await outbox.status();
-  assertEquals([pending, parked], [3, 2]);
+  const { pending, heldBack, parked, oldestMs } = await outbox.status();
+  assertEquals([pending, heldBack, parked], [3, 1, 2]);
   assert(oldestMs !== null && oldestMs >= 50_000 && oldestMs < 120_000, String(oldestMs));
   const found = await outbox.parked();
   assertEquals(found.map(({ id, topic, key, reason }) => [id, topic, key, reason]), [
@@ -443,7 +474,8 @@ function visitsAll(sql: string, plan: readonly string[]): readonly string[] {
     if (!/^(SCAN|SEARCH) (effectonce_outbox|effectonce_effects|o|h)\b/.test(step)) return false;
     if (/^SCAN/.test(step)) {
       // In the order of an index, of which only the beginning is read; or to count.
-      return !/USING (COVERING )?INDEX effectonce_outbox_(pending|held)$/.test(step) || !(counts || /\blimit\b/.test(sql));
+      return !/USING (COVERING )?INDEX effectonce_outbox_(pending|held|blocked)$/.test(step) ||
+        !(counts || /\blimit\b/.test(sql));
     }
     return !/ USING /.test(step); // From row to row, until one fits.
   });
