@@ -33,6 +33,11 @@ const file = (name: string, from: string, to: string): Mutant => ({ name, file: 
 /** All of them. */
 export const mutants: readonly Mutant[] = [
   // Claims.
+  core(
+    "a doubt that is to be tried again is forgotten",
+    `return { write: { ...base, state: "waiting", attempt: 0 }, answer: undefined };`,
+    `return { write: { ...base, state: "waiting", attempt: 0, firstMs: null }, answer: undefined };`,
+  ),
   core("a claim takes what another owner holds", `row.state !== "uncertain" && row.untilMs > nowMs`, `false`),
   core(
     "a claim takes what is done",

@@ -263,6 +263,7 @@ function chooseFaults(simulation: Simulation, pauseMs: number, harmless = false)
     "answer lost": level(),
     late: level(),
     repeated: level(),
+    busy: level(),
     slow: passing(),
   };
   const target: TargetFaults = {
@@ -505,7 +506,7 @@ async function playRelays(simulation: Simulation, kind: Kind, folder: string): P
   await reach(simulation, "rest after the faults ended", atRest);
   for (let round = 0; storage.rows().some(({ id, state }) => state === "parked" && !poison.has(id)); round++) {
     if (round > 10) simulation.violate("an operator cannot get what is parked to go");
-    await simulation.outside(() => operate(simulation, storage, target, poison));
+    await simulation.outside(() => operate(simulation, storage, target, poison, round));
     await reach(simulation, "rest after an operator has cleared up", atRest);
   }
   await finish(simulation, fleet);
@@ -575,6 +576,7 @@ async function operate(
   storage: Storage,
   target: Target,
   poison: ReadonlySet<string>,
+  round: number,
 ): Promise<void> {
   for (const { id, reason } of await storage.outbox.parked()) {
     const [effect] = await storage.claims.list({ key: id });
@@ -584,7 +586,9 @@ async function operate(
       if (effect?.state === "uncertain") await storage.claims.resolve(key, { as: "rejected", reason: "by a person" });
       continue;
     }
-    if (effect?.state === "uncertain" || effect?.state === "claimed") {
+    if (effect?.state === "uncertain" && round === 0 && simulation.chance(0.5)) {
+      await storage.claims.resolve(key, { as: "retry" }); // Whether that repeats it is up to the relay.
+    } else if (effect?.state === "uncertain" || effect?.state === "claimed") {
       await storage.claims.resolve(key, { as: target.count(id) > 0 ? "done" : "absent" });
     } else if (effect?.state === "rejected") {
       if (target.count(id) > 0) simulation.violate(`${id} is called refused, and happened`);

@@ -9,7 +9,7 @@
  * @module
  */
 import { createHash } from "node:crypto";
-import type { Runtime } from "../../mod.ts";
+import { EffectError, type Runtime } from "../../mod.ts";
 
 /** What a run of the simulation must never show. */
 export class Violation extends Error {
@@ -153,6 +153,8 @@ export type Fate =
   | "late"
   /** It arrives twice, as when a driver or a proxy repeats it; the caller hears the second answer. */
   | "repeated"
+  /** It is refused: somebody else has the database locked. */
+  | "busy"
   /** The answer takes long. */
   | "slow";
 
@@ -238,6 +240,7 @@ export class Process {
         if (fate !== "answered" && fate !== "slow") simulation.harmed = true;
         simulation.log(() => `${this.name} ${what}${fate === "answered" ? "" : ` (${fate})`}`);
         if (fate === "request lost") return this.#resume(latency(), broken);
+        if (fate === "busy") return this.#resume(long(), () => reject(new EffectError("busy", `locked at ${what}`)));
         if (fate === "late") {
           this.#resume(latency(), broken);
           simulation.at(long(), () => {

@@ -32,7 +32,8 @@ export function wrongChange(before: RowView | undefined, after: RowView | undefi
   if (after.generation < before.generation) return `the generation of ${named} fell`;
   const held = before.state === "claimed" && after.state === "claimed" && after.fence === before.fence;
   if (held && after.untilMs < before.untilMs) return `the lease of ${named} was cut short`;
-  const ended = before.state === "rejected" || before.state === "uncertain";
+  // Attempts count from 1 again where a person lets one in doubt be repeated.
+  const ended = before.state === "rejected" || before.state === "uncertain" && after.attempt !== 1;
   if (ended && after.state === "claimed" && after.generation === before.generation) {
     return `${named} was ${before.state}, and runs again`;
   }
