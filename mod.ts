@@ -2194,7 +2194,7 @@ export async function relay(options: RelayOptions): Promise<RelayReport> {
   const source = await insist(
     runtime,
     () => from.open({ relay: name, protocol: promise.protocol, onPark, leaseMs }),
-    (error, _, afterMs) => passes(error, afterMs) && !stopped(),
+    (error, _, afterMs) => !drain && passes(error, afterMs) && !stopped(),
   );
   emit({ type: "started", relay: name, from: from.name, to: to.name, guarantee: promise });
   const over = new AbortController();

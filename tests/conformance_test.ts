@@ -1275,6 +1275,15 @@ const relayFaults: Readonly<Record<string, RelayFault>> = {
         throw new EffectError("source_invalid", error.message);
       }),
   })),
+  "starts once the source is no longer busy; when draining it gives up": given(({ from }) => ({
+    from: {
+      ...from,
+      open: (options) =>
+        from.open(options).catch((error) => {
+          throw new EffectError("source_invalid", error.message);
+        }),
+    },
+  })),
   "passes on a failure of the source, once the calls under way are over": {
     relay: (options) => relay(options).catch(() => ({ delivered: 0, parked: 0, uncertain: 0 })),
   },
