@@ -3204,6 +3204,16 @@ export const relayCases: readonly Case<RelayHarness>[] = [
     expectEqual(report, { delivered: 2, parked: 1, uncertain: 0 }, "the report");
     expectEqual([world.outbox(), await world.store.list()], [[["b1", "parked"]], []], "the outbox, and the effects");
   }),
+  relayCase("calls nothing again while the source is busy, without a store too", async (world) => {
+    await world.enqueue("a1");
+    let busy = 0;
+    const from = tapped(memoryOutbox(world.store), ({ settle }) => ({
+      settle: (messages) =>
+        busy++ < 10 ? Promise.reject(new EffectError("busy", "locked by another writer")) : settle(messages),
+    }));
+    const report = await world.run({ from, to: world.target(), store: undefined, allowDuplicates: true });
+    expectEqual([report.delivered, world.calls.length], [1, 1], "messages delivered, and calls");
+  }),
   relayCase("tells everything, in order and as JSON, from `started` to `stopped`", async (world) => {
     await world.enqueue("a1", "b1", "c1", "d1");
     const to = world.target(({ id }, { number }) =>

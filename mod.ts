@@ -1771,11 +1771,11 @@ async function deliverClaimed(
   const claim = grouped(store.claimAll);
   const complete = grouped((completions: readonly Completion[]) => record(() => store.completeAll(completions)));
   const settle = grouped(async (messages: readonly Message[]) => {
-    await source.settle(messages);
+    await record(() => source.settle(messages));
     return messages.map(() => undefined);
   });
   const park = grouped(async (parks: readonly Park[]) => {
-    await source.park(parks);
+    await record(() => source.park(parks));
     return parks.map(() => undefined);
   });
   const about = ({ id, topic, key, time }: Message) => ({ relay, id, topic, key, time });

@@ -1321,6 +1321,16 @@ const relayFaults: Readonly<Record<string, RelayFault>> = {
       observe?.(event.type === "started" ? { ...event, guarantee: { ...event.guarantee, level: "exactly-once" } } : event),
   })),
   "delivers at least once without a store": droppingParked,
+  "calls nothing again while the source is busy, without a store too": given(({ to }) =>
+    to.kind === "call"
+      ? {
+        to: {
+          ...to,
+          deliver: (message, delivery) => to.deliver(message, delivery).then(() => to.deliver(message, delivery)),
+        },
+      }
+      : {}
+  ),
   "tells everything, in order and as JSON, from `started` to `stopped`": given(({ observe }) => ({
     observe: (event) => observe?.("id" in event ? { ...event, key: null } : event),
   })),
