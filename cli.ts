@@ -16,6 +16,7 @@ import { need } from "./cli/permissions.ts";
 import { print, write } from "./cli/print.ts";
 import { PRUNE } from "./cli/prune.ts";
 import { RELAY } from "./cli/relay.ts";
+import { RELAYS } from "./cli/relays.ts";
 
 const COMMANDS: Readonly<Record<string, Command>> = {
   init: {
@@ -32,6 +33,7 @@ const COMMANDS: Readonly<Record<string, Command>> = {
   relay: RELAY,
   status: STATUS,
   ...EFFECTS,
+  ...RELAYS,
   prune: PRUNE,
   schema: {
     summary: "the SQL of the tables, for your own migrations",
@@ -57,12 +59,18 @@ const COMMANDS: Readonly<Record<string, Command>> = {
   },
 };
 
+/** What the words of commands are. */
+const WORDS: Readonly<Record<string, string>> = {
+  KEY: "KEY is the message's id, or the key that once() was given.",
+  NAME: "NAME is the relay's name.",
+};
+
 function usage(prefix = ""): string {
   const names = Object.keys(COMMANDS).filter((name) => name.startsWith(prefix));
   const width = Math.max(...names.map((name) => name.length)) + 2;
   return `effectonce: exactly-once effects between a log and the outside world\n\n` +
     names.map((name) => `  ${name.padEnd(width)}${COMMANDS[name]!.summary}\n`).join("") +
-    `\nHelp for one: COMMAND --help\n` +
+    `\nHelp for one: COMMAND --help; the version: --version\n` +
     `Flags are read from the environment too: --lease-ms is EFFECTONCE_LEASE_MS\n` +
     `Exit codes: 0 done, 1 failed, 2 usage\n`;
 }
@@ -76,7 +84,9 @@ function subcommands(): string {
 export async function main(args: readonly string[]): Promise<number> {
   const help = (arg: string | undefined) => arg === "--help" || arg === "-h";
   const [first, second] = args;
-  const name = first === "effects" && second !== undefined && !second.startsWith("-") ? `effects ${second}` : first ?? "";
+  const both = `${first} ${second}`;
+  const two = Object.hasOwn(COMMANDS, both) || first === "effects" && second !== undefined && !second.startsWith("-");
+  const name = two ? both : first ?? "";
   const command = Object.hasOwn(COMMANDS, name) ? COMMANDS[name] : undefined;
   try {
     if (first === undefined) {
@@ -88,6 +98,11 @@ export async function main(args: readonly string[]): Promise<number> {
       write(usage(first === "effects" ? "effects " : ""));
       return 0;
     }
+    if (first === "--version") {
+      const { default: { version } } = await import("./deno.json", { with: { type: "json" } });
+      write(`effectonce ${version}\n`);
+      return 0;
+    }
     const rest = args.slice(name.split(" ").length);
     if (!command) {
       if (name === "effects") throw new UsageError(`effects needs a subcommand: ${subcommands()}`);
@@ -95,11 +110,11 @@ export async function main(args: readonly string[]): Promise<number> {
       throw new UsageError(`there is no command "${maskedWord(name)}": ${how}`);
     }
     if (rest.some(help)) {
-      const words = command.words?.map((word) => ` ${word}`).join("") ?? "";
+      const { words = [], summary, flags, example } = command;
+      const meanings = words.map((word) => `${WORDS[word.replaceAll(/[[\]]/g, "")]}\n`).join("");
       write(
-        `${name}${words}: ${command.summary}\n\n${
-          helpOf(command.flags)
-        }\nExample:\n  deno run -A cli.ts ${command.example}\n`,
+        `${[name, ...words].join(" ")}: ${summary}\n\n${meanings && `${meanings}\n`}${helpOf(flags)}\n` +
+          `Example:\n  deno run -A cli.ts ${example}\n`,
       );
       return 0;
     }

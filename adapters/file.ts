@@ -349,6 +349,10 @@ function unusable(name: string, why: string, cause?: unknown): EffectError {
   return new EffectError("sink_invalid", `Cannot use ${name}: ${why}`, { cause });
 }
 
+function needDeno(what: string, why: string): void {
+  if (typeof Deno === "undefined") throw new TypeError(`Cannot use ${what} here: it is for Deno, ${why}`);
+}
+
 async function writeAll(to: { write(bytes: Uint8Array): Promise<number> }, bytes: Uint8Array): Promise<void> {
   for (let done = 0; done < bytes.length;) done += await to.write(bytes.subarray(done));
 }
@@ -372,7 +376,7 @@ async function release(file: Deno.FsFile): Promise<void> {
   file.close();
 }
 
-/** Errors that no waiting heals, by name: this module is imported elsewhere too, for its lines. */
+/** Errors that no waiting heals; by name, since elsewhere too the module is imported, and says what it needs. */
 const HOPELESS: readonly string[] = ["NotFound", "PermissionDenied", "NotCapable", "IsADirectory", "NotADirectory"];
 
 /** Opens the file under an exclusive lock, or says who is ahead; `created`: it was missing. */
@@ -437,8 +441,11 @@ async function syncDirectory(path: string): Promise<void> {
  *
  * While a relay runs the file must not be moved, replaced or written by others: the next commit is refused with
  * `sink_invalid`. To begin a new file, drain the relay and go on under a new relay name.
+ *
+ * @throws {TypeError} Outside of Deno.
  */
 export function fileSink(path: string): AtomicSink {
+  needDeno("fileSink", "since it locks its file");
   const name = `file:${path}`;
   return {
     kind: "atomic",
@@ -565,12 +572,18 @@ function join(parts: readonly Uint8Array[]): Uint8Array {
 
 // ----------------------------------------------------------------------------------------------------------------- stdout
 
+function toStdout(): (bytes: Uint8Array) => Promise<void> {
+  needDeno("stdoutSink", "elsewhere give it a function that writes");
+  return (bytes) => writeAll(Deno.stdout, bytes);
+}
+
 /**
  * Standard output as a sink: one {@linkcode formatLine} a message, at-least-once.
  *
  * @param write Writes all bytes, or rejects; never called again before it has settled. By default to `Deno.stdout`.
+ * @throws {TypeError} Outside of Deno, if there is no `write`.
  */
-export function stdoutSink(write: (bytes: Uint8Array) => Promise<void> = (bytes) => writeAll(Deno.stdout, bytes)): CallSink {
+export function stdoutSink(write: (bytes: Uint8Array) => Promise<void> = toStdout()): CallSink {
   let last: Promise<void> = Promise.resolve();
   return {
     kind: "call",

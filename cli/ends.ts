@@ -6,6 +6,7 @@
 import type { Outbox } from "../mod.ts";
 import { reason, UsageError } from "./errors.ts";
 import type { Flags } from "./flags.ts";
+import { maskedUrl } from "./mask.ts";
 import { type Database, openDatabase, openSink } from "./open.ts";
 
 /** A relay whose flags make sense together; nothing is open yet. */
@@ -24,12 +25,13 @@ export function planOf(flags: Flags): Plan {
   if (min > max) {
     throw new UsageError(`${flags.label("min-retry-ms")} must be at most ${flags.label("max-retry-ms")}, which is ${max}`);
   }
-  for (const other of ["store", "idempotent"]) {
-    if (flags.on("allow-duplicates") && flags.has(other)) {
-      throw new UsageError(`${flags.label("allow-duplicates")} makes no claims: it excludes ${flags.label(other)}`);
-    }
+  const sink = openSink(flags);
+  const repeats = sink.kind === "call" && sink.repeat === "same-key";
+  for (const other of [...flags.has("store") ? ["store"] : [], ...repeats ? ["idempotent"] : []]) {
+    if (!flags.on("allow-duplicates")) continue;
+    throw new UsageError(`${flags.label("allow-duplicates")} makes no claims: it excludes ${flags.label(other)}`);
   }
-  return { name: flags.text("name")!, flags, sink: openSink(flags) };
+  return { name: flags.text("name")!, flags, sink };
 }
 
 /** Where a relay's messages and claims are, open. */
@@ -40,6 +42,8 @@ export interface Ends {
   readonly store: Database["store"];
   /** The database of its outbox, and that of its claims if it is another one. */
   readonly databases: readonly Database[];
+  /** The flags with which `effects` finds them, without secrets. */
+  readonly advice: string;
 }
 
 /** Opens the databases of a relay, each on a connection of its own, and has them closed at the end. */
@@ -54,11 +58,14 @@ export async function openEnds(flags: Flags, closing: DisposableStack): Promise<
     return database;
   };
   const from = await open("from");
-  const store = flags.has("store") && flags.url("store") !== flags.url("from") ? await open("store") : from;
+  const apart = flags.has("store") && flags.url("store") !== flags.url("from");
+  const store = apart ? await open("store") : from;
+  const outbox = maskedUrl(flags.text("from")!);
   return {
     source: from.outbox({ topics: flags.names("topics"), keep: flags.on("keep") }),
     store: store.store,
     databases,
+    advice: apart ? `--store ${maskedUrl(flags.text("store")!)} --from ${outbox}` : `--store ${outbox}`,
   };
 }
 

@@ -16,9 +16,9 @@ export const ENQUEUE: Command = {
   summary: "put messages into the outbox, all or none",
   flags: {
     store: STORE,
-    topic: { kind: "name", value: "TEXT", help: "the message's topic" },
+    topic: { kind: "name", value: "TEXT", help: "the message's topic (required unless --jsonl)" },
     key: { kind: "name", value: "TEXT", help: "its ordering key (none: no order)" },
-    value: { kind: "text", help: "its value, byte for byte; JSON is marked as such" },
+    value: { kind: "text", help: "its value, byte for byte; JSON is marked as such (required unless --tombstone, --jsonl)" },
     tombstone: { kind: "switch", help: "no value" },
     id: { kind: "name", value: "TEXT", help: "its id (a UUID)" },
     header: { kind: "pairs", help: "one of its headers" },

@@ -206,7 +206,10 @@ export function readFlags(args: readonly string[], flags: FlagTable, words: read
   }
   const given = parsed._.map(String);
   if (given.length > words.length) throw new UsageError(`"${maskedWord(given[words.length]!)}" is one word too many`);
-  if (given.length < words.length) throw new UsageError(`${words[given.length]} is missing`);
+  // One in brackets may be left out.
+  if (given.length < words.filter((word) => !word.startsWith("[")).length) {
+    throw new UsageError(`${words[given.length]} is missing`);
+  }
   return new Flags(flags, given, new Map([...readEnvironment(flags), ...layer]));
 }
 

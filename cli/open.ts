@@ -166,7 +166,7 @@ export async function openDatabase(label: string, url: string, create = false): 
     throw new Error(`Cannot open ${name}: ${reason(error)}`);
   });
   if (!found && !create) {
-    throw new Error(`Cannot open ${name}: the file does not exist. Create it with: init --store ${name}`);
+    throw new Error(`Cannot open ${name}: the file does not exist. Create it with: init --store ${maskedUrl(url)}`);
   }
   if (found && !found.isFile) throw new Error(`Cannot open ${name}: it is not a file`);
   let client: OpenClient;
@@ -218,7 +218,8 @@ export function openSink(flags: Flags): CallSink | AtomicSink {
   const { scheme, rest, parameters } = parts(to, url);
   const web = scheme === "http" || scheme === "https";
   for (const name of ["idempotent", "dedupe-window-ms", "header-to", "method", "timeout-ms", "reconcile"]) {
-    if (web || !flags.has(name)) continue;
+    // A variable holds for all relays of a process, whatever their targets are.
+    if (web || !flags.has(name) || flags.layer.get(name)?.source === "environment") continue;
     throw new UsageError(`${flags.label(name)} is for http: and https: targets, not for ${scheme}:`);
   }
   switch (scheme) {

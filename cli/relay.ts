@@ -96,7 +96,7 @@ async function runRelays(command: Flags): Promise<number> {
   }
   let unread = false;
   const show = showRelays({
-    relays: opened.map(({ name, source, databases }) => ({ name, source, advice: `--store ${databases.at(-1)!.name}` })),
+    relays: opened,
     json,
     messagesOnStdout: opened.some(({ sink }) => sink.name === "stdout"),
     drain,

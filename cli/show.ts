@@ -107,7 +107,9 @@ export function showRelays({ relays, json, messagesOnStdout, drain, gone }: Show
         break;
       case "stopped": {
         const find = `effects list ${relays.find(({ name }) => name === event.relay)!.advice} --state`;
-        line(`stopped: ${event.delivered} delivered, ${event.parked} parked, ${event.uncertain} in doubt`);
+        line(
+          `stopped: ${event.delivered} delivered, ${event.parked} parked meanwhile, ${event.uncertain} in doubt meanwhile`,
+        );
         if (event.uncertain > 0) {
           line(`find out what became of them: ${find} uncertain (see ${pageOf("uncertain")})`);
         }

@@ -9,7 +9,6 @@ import { maskedUrl } from "../cli/mask.ts";
 import { parseJson } from "../cli/json.ts";
 import {
   assertFailure,
-  assertNothingLost,
   assertSays,
   assertUsage,
   type Box,
@@ -51,7 +50,10 @@ const printed = ({ code, stdout, stderr }: Ended): PrintedConfig => {
 
 /** Each command with its flags, as its help has them. */
 async function allFlags(at: Box): Promise<readonly (readonly [command: string, flag: string, help: string])[]> {
-  const names = Array.from((await at.ok(["help"])).matchAll(/^ {2}((?:effects )?[a-z]+) {2,}\S/gm), ([, name]) => name!);
+  const names = Array.from(
+    (await at.ok(["help"])).matchAll(/^ {2}((?:effects |relays )?[a-z]+) {2,}\S/gm),
+    ([, name]) => name!,
+  );
   const helps = await at.many(names.map((name) => [...name.split(" "), "--help"]));
   return names.flatMap((name, i) =>
     Array.from(helps[i]!.stdout.matchAll(/^ {2}--(\S+)(.*)$/gm), ([, flag, help]) => [name, flag!, help!] as const)
@@ -61,7 +63,7 @@ const variableOf = (flag: string) => `EFFECTONCE_${flag.toUpperCase().replaceAll
 
 Deno.test("every flag of every command is read from its variable, and a bad one is named", async (t) => {
   await using at = await box();
-  const required: Record<string, string> = { store: DB, from: DB, to: "stdout:", as: "done" };
+  const required: Record<string, string> = { store: DB, from: DB, to: "http://127.0.0.1:1/", as: "done" };
   /** A value that is wrong for a flag of its kind; undefined where any text will do. */
   const wrong = (help: string): string | undefined => {
     if (help.startsWith(" N ")) return "many";
@@ -75,7 +77,7 @@ Deno.test("every flag of every command is read from its variable, and a bad one 
   const lines = flags.map(([command, flag, help]): Line & { flag: string; bad: boolean } => {
     const bad = wrong(help);
     const others = flags.filter(([other, name]) => other === command && name !== flag && name in required);
-    const words = /show|retry|resolve|discard/.test(command) ? ["k"] : [];
+    const words = /show|retry|resolve|discard|forget/.test(command) ? ["k"] : [];
     if (command === "enqueue" && flag === "store") words.push("--topic=t", "--value=v"); // These are looked at first.
     return {
       args: [...command.split(" "), ...words, ...others.flatMap(([, name]) => [`--${name}`, required[name]!])],
@@ -130,6 +132,52 @@ Deno.test("the environment instead of flags: switches, numbers, lists by line, t
     const { relays } = printed(await at.run(line, { env }));
     assertEquals(relays.default!.lanes, { value: 2, source: "flag" });
     assertEquals(relays.default!.headerTo, { value: { C: "***" }, source: "flag" });
+  });
+});
+
+Deno.test("a variable that does not concern a relay's kind of target is ignored for it; a flag and the file are not", async (t) => {
+  await using target = new Target();
+  await using at = await box();
+  const env = {
+    EFFECTONCE_TIMEOUT_MS: "5000",
+    EFFECTONCE_IDEMPOTENT: "1",
+    EFFECTONCE_DEDUPE_WINDOW_MS: "60000",
+    EFFECTONCE_HEADER_TO: "X-One=1",
+    EFFECTONCE_METHOD: "PUT",
+    EFFECTONCE_RECONCILE: `${target.url}/{id}`,
+  };
+  await t.step("relays of both kinds in one process", async () => {
+    await configure(at, {
+      relays: {
+        billing: { from: DB, to: target.url, topics: ["a"] },
+        archive: { from: DB, to: "file:out.jsonl", topics: ["b"] },
+      },
+    });
+    await at.enqueue({ id: "1", topic: "a", value: 1 }, { id: "2", topic: "b", value: 2 });
+    const ran = await at.run(["relay", ...CONFIG, "--drain"], { env });
+    assertEquals([ran.code, ran.stderr], [0, ""]);
+    assertEquals(target.asked.map(({ method, headers }) => [method, headers.get("x-one")]), [["PUT", "1"]]);
+    assertSays(ran.stdout, ["billing: effectively-once", "archive: exactly-once"]);
+  });
+  await t.step("stdout: without claims", async () => {
+    const ran = await at.run(drainTo("stdout:", "--allow-duplicates"), { env });
+    assertEquals([ran.code, ran.stdout], [0, ""], ran.stderr);
+  });
+  await t.step("what is wrong in itself is said all the same", async () => {
+    assertUsage(await at.run(drainTo("stdout:"), { env: { EFFECTONCE_TIMEOUT_MS: "soon" } }), "EFFECTONCE_TIMEOUT_MS");
+  });
+  await t.step("a flag, beside a variable", async () => {
+    const ran = await at.run(drainTo("file:out.jsonl", "--timeout-ms", "5"), { env });
+    assertUsage(ran, "--timeout-ms", "not for file:");
+  });
+  await t.step("the file", async () => {
+    await configure(at, { relays: { archive: { from: DB, to: "file:out.jsonl", timeoutMs: 5 } } });
+    assertUsage(await at.run(["relay", ...CONFIG, "--drain"]), "relays.archive.timeoutMs", "not for file:");
+  });
+  await t.step("claims and none of them exclude each other as before", async () => {
+    const line = drainTo(target.url, "--allow-duplicates");
+    assertUsage(await at.run(line, { env: { EFFECTONCE_IDEMPOTENT: "1" } }), "--allow-duplicates", "EFFECTONCE_IDEMPOTENT");
+    assertUsage(await at.run([...line, "--store", DB]), "--allow-duplicates", "--store");
   });
 });
 
@@ -857,6 +905,9 @@ Deno.test("an error with a code names its page, and so does what a person must s
       "--state uncertain (see docs/operations.md#uncertain)",
       "--state parked (see docs/operations.md#parked)",
     ]);
+  });
+  await t.step("uncertain", async () => {
+    await at.ok(["effects", "discard", "doubt", "--store", DB]);
     assertFailure(await at.run(["effects", "retry", "doubt", "--store", DB]), "See docs/operations.md#uncertain");
   });
   await t.step("sink_invalid", async () => {
@@ -879,5 +930,5 @@ Deno.test("an error with a code names its page, and so does what a person must s
     assertFailure(ran);
     assert(!ran.stderr.includes("See"), ran.stderr);
   });
-  assertNothingLost(at, 2);
+  assertEquals((await at.status()).effects, { ...NO_EFFECTS, rejected: 2 });
 });

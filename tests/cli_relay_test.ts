@@ -1,4 +1,7 @@
-import { assert, assertEquals, assertMatch, assertNotEquals, assertStringIncludes } from "@std/assert";
+import { assert, assertEquals, assertMatch, assertNotEquals, assertRejects, assertStringIncludes } from "@std/assert";
+import { DatabaseSync } from "node:sqlite";
+import { sqliteStore } from "../adapters/sqlite.ts";
+import { once, type OnceOptions } from "../mod.ts";
 import {
   assertFailure,
   assertNothingLost,
@@ -13,6 +16,7 @@ import {
   eventsOf,
   has,
   INSTANT,
+  type Listed,
   listOf,
   NO_EFFECTS,
   QUICK,
@@ -263,6 +267,8 @@ Deno.test("a doubt, found out to be done: not sent again, its result kept, what 
   assertEquals(shown, {
     ...state,
     error,
+    generation: 1,
+    idempotencyKey: "1",
     result: null,
     evidence: null,
     parked: error,
@@ -273,6 +279,8 @@ Deno.test("a doubt, found out to be done: not sent again, its result kept, what 
     /^scope +default$/m,
     /^key +1$/m,
     /^state +uncertain$/m,
+    /^generation +1$/m,
+    /^idempotencyKey +1$/m,
     /^attempts +1$/m,
     /^error +POST/m,
     /^parked +POST/m,
@@ -288,7 +296,6 @@ Deno.test("a doubt, found out to be done: not sent again, its result kept, what 
     error,
   }]);
 
-  assertFailure(await at.run(["effects", "retry", "1", "--store", DB]), "may have happened", "--as done", "--as absent");
   const resolved = await at.json(["effects", "resolve", "1", "--store", DB, "--as", "done", "--result", '{"id":7}']);
   assertEquals(resolved, { scope: "default", key: "1", resolved: "done" });
   assertEquals((await at.run(drainTo(target.url))).code, 0);
@@ -325,6 +332,180 @@ Deno.test("a refusal: effects retry sends it anew, then what was behind it, in o
   assertNothingLost(at, 3);
 });
 
+/** What `effects show` knows of message 1. */
+const shown = async (at: Box, key = "1"): Promise<Record<string, unknown>> =>
+  await at.json(["effects", "show", key, "--store", DB]) as Record<string, unknown>;
+
+Deno.test("effects retry of a doubt: what becomes of it is the relay's to say, and none sends it twice that must not", async (t) => {
+  const cases: readonly (readonly [what: string, flags: readonly string[], answer: number, code: number, keys: string[]])[] =
+    [
+      ["a relay for a target that dedupes repeats it under the same key", ["--idempotent"], 200, 0, ["1", "1", "2", "3"]],
+      ["not past the target's memory", ["--idempotent", "--dedupe-window-ms", "1"], 200, 1, ["1"]],
+      ["one that asks is told that it happened", ["--reconcile", "URL", "--settle-ms", "0"], 200, 0, ["1", "2", "3"]],
+      ["or that the target cannot tell", ["--reconcile", "URL", "--settle-ms", "0"], 403, 1, ["1"]],
+      ["any other finds it in doubt again", [], 200, 1, ["1"]],
+    ];
+  for (const [what, flags, answer, code, keys] of cases) {
+    await t.step(what, async () => {
+      await using target = new Target();
+      await using at = await stuckBox(target, 500);
+      target.answer = ({ method }) => new Response("paid", { status: method === "GET" ? answer : 200 });
+      const said = await at.ok(["effects", "retry", "1", "--store", DB]);
+      assertMatch(said, /^"1" goes to its relay again, and may have happened: [^\n]+\n$/);
+      assertSays(said, ["--idempotent repeats it under the same Idempotency-Key", "--reconcile asks", "in doubt again"]);
+      const { state, generation, parked } = await shown(at);
+      assertEquals([state, generation, parked], ["waiting", 1, null]);
+      const more = flags.map((flag) => flag === "URL" ? `${target.url}/{idempotencyKey}` : flag);
+      assertEquals((await at.run(drainTo(target.url, ...more))).code, code);
+      const sent = target.asked.filter(({ method }) => method === "POST");
+      assertEquals(sent.map(({ key }) => key), keys);
+      assertEquals((await shown(at)).state, code === 0 ? "done" : "uncertain");
+      const questions = target.asked.filter(({ method }) => method === "GET").map(({ path }) => path);
+      assertEquals(questions, flags.includes("URL") ? ["/charge/1"] : []);
+      assertNothingLost(at, 3);
+    });
+  }
+});
+
+Deno.test("effects show tells the Idempotency-Key of the next call, or of the last one", async () => {
+  await using target = new Target();
+  await using at = await stuckBox(target, 422);
+  assertEquals((await shown(at)).idempotencyKey, target.keys()[0]);
+  for (const generation of [2, 3]) {
+    await at.ok(["effects", "retry", "1", "--store", DB]);
+    const { idempotencyKey, ...more } = await shown(at);
+    assertEquals([more.state, more.generation], ["waiting", generation]);
+    target.answer = () => new Response("why", { status: 422 });
+    await at.run(drainTo(target.url));
+    assertEquals([target.keys().length, target.keys().at(-1)], [generation, idempotencyKey]);
+  }
+});
+
+Deno.test("effects retry without a message in the outbox does not say that one is sent", async (t) => {
+  await using target = new Target();
+  await t.step("a refused one that was discarded", async () => {
+    await using at = await stuckBox(target, 422);
+    await at.ok(["effects", "discard", "1", "--store", DB]);
+    assertEquals(
+      await at.ok(["effects", "retry", "1", "--store", DB]),
+      `"1" may run anew: no message for it is in this outbox, so whoever asks for it next runs it\n`,
+    );
+    assertSays(await at.ok(["effects", "show", "1", "--store", DB]), [/^message +not in the outbox$/m]);
+    await at.run(drainTo(target.url));
+    assertEquals(target.keys(), ["1", "2", "3"]);
+    // The one who asks for it next.
+    await at.enqueue({ id: "1", key: "k", value: 1 });
+    assertEquals((await at.run(drainTo(target.url))).code, 0);
+    assertEquals(target.asked.map(({ body }) => body), ["1", "2", "3", "1"]);
+  });
+  await t.step("an effect of once() that is in doubt", async () => {
+    await using at = await box();
+    const client = new DatabaseSync(at.path("app.db"));
+    try {
+      const store = sqliteStore(client);
+      const keys: string[] = [];
+      const charge = (options: OnceOptions<string, null>, fails = false) =>
+        once(store, { scope: "charge", key: "order-1" }, ({ idempotencyKey }) => {
+          keys.push(idempotencyKey);
+          return fails ? Promise.reject(new Error("broken")) : Promise.resolve("paid");
+        }, options);
+      await assertRejects(() => charge({}, true), Error, "may have happened");
+      assertSays(await at.ok(["effects", "show", "order-1", "--store", DB]), [
+        /^idempotencyKey order-1 of a relay, charge:order-1 of once\(\)$/m,
+      ]);
+      const said = await at.ok(["effects", "retry", "order-1", "--store", DB]);
+      assertMatch(
+        said,
+        /^"order-1" may have happened: no message for it is in this outbox, so whoever asks for it next [^\n]+\n$/,
+      );
+      await assertRejects(() => charge({}), Error, "may have happened");
+      await at.ok(["effects", "retry", "order-1", "--store", DB]);
+      assertEquals(await charge({ repeat: "same-key", dedupeWindowMs: 86_400_000 }), "paid");
+      assertEquals(keys, ["charge:order-1", "charge:order-1"]);
+    } finally {
+      client.close();
+    }
+  });
+});
+
+Deno.test("effects retry --all: everything parked goes to its relay again, each as by itself", async (t) => {
+  await using target = new Target();
+  /** Messages of two relays: refused and in doubt. */
+  const parkedBox = async (): Promise<Box> => {
+    const at = await box();
+    target.answer = ({ body }) => new Response("why", { status: Number(body) });
+    target.asked.length = 0;
+    for (const topic of ["a", "b"]) {
+      await at.enqueue({ id: `${topic}1`, topic, value: 422 }, { id: `${topic}2`, topic, value: 500 });
+      assertEquals((await at.run(drainTo(target.url, "--name", topic, "--topics", topic))).code, 1);
+    }
+    assertEquals((await at.status()).outbox.parked, 4);
+    target.answer = () => new Response("paid");
+    target.asked.length = 0;
+    return at;
+  };
+  const retryAll = ["effects", "retry", "--all", "--store", DB];
+  await t.step("all of them", async () => {
+    await using at = await parkedBox();
+    const said = await at.ok(retryAll);
+    assertMatch(said, /^retried 4 messages, 2 of which may have happened: [^\n]+\n$/);
+    assertEquals((await at.status()).outbox.parked, 0);
+    for (const topic of ["a", "b"]) {
+      assertEquals((await at.run(drainTo(target.url, "--name", topic, "--topics", topic, "--idempotent"))).code, 0);
+    }
+    assertEquals(target.keys().toSorted(), ["a1;generation=2", "a2", "b1;generation=2", "b2"]);
+    assertEquals(await at.json(retryAll), { retried: 0 });
+    assertEquals(await at.ok(retryAll), "retried 0 messages\n");
+  });
+  await t.step("--scope: those of one relay", async () => {
+    await using at = await parkedBox();
+    assertEquals(await at.json([...retryAll, "--scope", "b"]), { retried: 2 });
+    assertEquals((await listOf(at, "--state", "parked")).map(({ key }) => key), ["a1", "a2"]);
+    assertEquals(await at.json([...retryAll, "--scope", "nope"]), { retried: 0 });
+  });
+  await t.step("what a relay parks again meanwhile is not retried for ever", async () => {
+    await using at = await parkedBox();
+    target.answer = () => new Response("why", { status: 422 });
+    const running = at.start(
+      relayTo(target.url, "--name", "a", "--topics", "a", "--json", "--idempotent", "--poll-ms", "1"),
+    );
+    await running.event("idle");
+    assertEquals(await at.json(retryAll), { retried: 4 });
+    await running.stop();
+  });
+  await t.step("in another database than its effects", async () => {
+    await using at = await box();
+    await at.ok(["init", "--store", "sqlite:claims.db"]);
+    await at.enqueue({ id: "1", value: 422 }, { id: "2", value: 500 });
+    target.answer = ({ body }) => new Response("why", { status: Number(body) });
+    const claims = ["--store", "sqlite:claims.db"];
+    assertEquals((await at.run(drainTo(target.url, ...claims))).code, 1);
+    assertEquals(await at.json(["effects", "retry", "--all", ...claims]), { retried: 0 });
+    const listed = await at.json(["effects", "list", "--state", "parked", ...claims, "--from", DB]) as Listed[];
+    assertEquals(listed.map(({ key }) => key).toSorted(), ["1", "2"]);
+    assertEquals(await at.json(["effects", "retry", "--all", ...claims, "--from", DB]), { retried: 2 });
+  });
+  await t.step("more than a page of those that cannot be, and others behind them", async () => {
+    await using at = await box();
+    const rows = "with recursive n(i) as (select 1 union all select i + 1 from n where i < 1100)";
+    at.sql(
+      `insert into effectonce_effects (scope, key, changed_ms) ${rows} select 'default', 'done-' || i, 0 from n`,
+      `insert into effectonce_outbox (id, topic, value, state, until_ms, reason)
+        ${rows} select 'done-' || i, 't', '1', 'parked', i, 'used before' from n`,
+      `insert into effectonce_outbox (id, topic, value, state, until_ms, reason)
+        ${rows} select 'odd-' || i, 't', '1', 'parked', 2000 + i, 'why' from n`,
+    );
+    const ran = await at.run([...retryAll, "--json"]);
+    assertEquals([ran.code, ran.stdout], [1, '{"retried":1100}\n']);
+    assertEquals(
+      ran.stderr,
+      'effectonce: 1100 messages not retried, the first since "done-1" is done, and its id cannot be used again: effects discard done-1\n',
+    );
+    const { parked, pending } = (await at.status()).outbox;
+    assertEquals([parked, pending], [1100, 1100]);
+  });
+});
+
 Deno.test("effects discard: never sent again, and what was behind it is delivered", async () => {
   for (const status of [422, 500]) {
     await using target = new Target();
@@ -335,7 +516,7 @@ Deno.test("effects discard: never sent again, and what was behind it is delivere
     const shown = await at.json(["effects", "show", "1", "--store", DB]) as Record<string, unknown>;
     assertEquals([shown.state, shown.parked], ["rejected", null]);
     assertEquals((await at.status()).effects, { ...NO_EFFECTS, done: 2, rejected: 1 });
-    assertEquals((await at.status()).outbox, { pending: 0, parked: 0, oldestMs: null });
+    assertEquals(Object.values((await at.status()).outbox), [0, 0, 0, null]);
   }
 });
 
@@ -347,6 +528,33 @@ Deno.test("whoever sees a doubt or a parked message is told what to do about it"
     await at.enqueue({ id: "1", value: 1 });
     const { stdout } = await at.run(drainTo(target.url));
     assertSays(stdout, [/effects (list|show|resolve|retry)/]);
+    assertSays(stdout, [
+      `stopped: 0 delivered, ${status === 422 ? 1 : 0} parked meanwhile, ${status === 500 ? 1 : 0} in doubt`,
+    ]);
+  }
+});
+
+Deno.test("what a relay advises at its end can be typed as it is: the URL as it was given, and where its messages are", async (t) => {
+  await using target = new Target();
+  target.answer = ({ body }) => new Response("why", { status: Number(body) });
+  const cases: readonly (readonly [string[], string, Record<string, string>])[] = [
+    [["--from", `${DB}?driver=node`], `--store ${DB}?driver=node`, {}],
+    [["--from", "env:APP_DB"], "--store env:APP_DB", { APP_DB: `${DB}?driver=node` }],
+    [["--from", DB, "--store", "sqlite:claims.db?driver=node"], `--store sqlite:claims.db?driver=node --from ${DB}`, {}],
+  ];
+  for (const [ends, flags, env] of cases) {
+    await t.step(ends.join(" "), async () => {
+      await using at = await box();
+      await at.ok(["init", "--store", "sqlite:claims.db"]);
+      await at.enqueue({ id: "1", value: 422 }, { id: "2", value: 500 });
+      const { code, stdout } = await at.run(["relay", ...ends, "--to", target.url, "--drain"], { env });
+      assertEquals(code, 1);
+      for (const [state, key] of [["parked", "1"], ["uncertain", "2"]]) {
+        assertSays(stdout, [`effects list ${flags} --state ${state} (`]);
+        const listed = await at.ok(["effects", "list", ...flags.split(" "), "--state", state!], { env });
+        assertSays(listed, [new RegExp(`^${state} .*\\b${key} `, "m")]);
+      }
+    });
   }
 });
 
@@ -362,7 +570,7 @@ Deno.test("an id that was delivered before, enqueued anew with another value: ne
   assertFailure(await at.run(["effects", "retry", "1", "--store", DB]), `"1"`, "discard");
   assertEquals(await at.ok(["effects", "discard", "1", "--store", DB]), `"1" is discarded\n`);
   assertEquals(target.asked.map(({ body }) => body), ["1"]);
-  assertEquals((await at.status()).outbox, { pending: 0, parked: 0, oldestMs: null });
+  assertEquals(Object.values((await at.status()).outbox), [0, 0, 0, null]);
   // The same once more is no error: it is what a producer that is unsure does.
   await at.enqueue({ id: "1", value: 1 });
   assertEquals((await at.run(drainTo(target.url))).code, 0);
@@ -688,7 +896,7 @@ Deno.test("--keep keeps delivered rows until prune, and prune forgets what is ol
   const states = () =>
     at.sql("select id, state from effectonce_outbox order by seq").map(({ id, state }) => `${id} ${state}`);
   assertEquals(states(), ["1 delivered", "2 delivered", "bad parked", "doubt parked"]);
-  assertEquals((await at.status()).outbox, { pending: 0, parked: 2, oldestMs: null });
+  assertEquals(Object.values((await at.status()).outbox), [0, 0, 2, null]);
   assertEquals(await at.json(["prune", "--store", DB]), { effects: 0, messages: 0 }, "not within a week");
   // A refusal is kept as long as its message is there: else it would be sent anew.
   assertEquals(await at.json(["prune", "--store", DB, "--older-than-ms", "0"]), { effects: 2, messages: 2 });
@@ -756,7 +964,7 @@ Deno.test(
     }
     assertEquals((await child.status).code, 0);
     assertMatch(text, /\[#{10}\.{10}\] 50 % · \d+\/s · 2 pending · 0 parked · 0 in doubt · oldest \d+ s/);
-    assertMatch(text, /stopped: 4 delivered, 0 parked, 0 in doubt\r?\n/);
+    assertMatch(text, /stopped: 4 delivered, 0 parked meanwhile, 0 in doubt meanwhile\r?\n/);
   },
 );
 

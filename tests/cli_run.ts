@@ -223,7 +223,12 @@ export function sqlOn(path: string, ...statements: readonly string[]): Record<st
 
 /** What `status --json` prints. */
 export interface Status {
-  readonly outbox: { readonly pending: number; readonly parked: number; readonly oldestMs: number | null };
+  readonly outbox: {
+    readonly pending: number;
+    readonly heldBack: number;
+    readonly parked: number;
+    readonly oldestMs: number | null;
+  };
   readonly effects: Readonly<Record<"claimed" | "waiting" | "done" | "rejected" | "uncertain", number>>;
 }
 

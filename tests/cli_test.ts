@@ -45,13 +45,16 @@ Deno.test("init, enqueue, status, effects list, relay, doctor: the lines of the 
   ]);
 
   const { outbox, effects } = await at.status();
-  assertEquals(Object.keys(outbox), ["pending", "parked", "oldestMs"]);
+  assertEquals(Object.keys(outbox), ["pending", "heldBack", "parked", "oldestMs"]);
   assertEquals([outbox.pending, outbox.parked], [2, 0]);
   assert(outbox.oldestMs !== null && outbox.oldestMs >= 0 && outbox.oldestMs < 60_000, `oldestMs ${outbox.oldestMs}`);
   assertEquals(effects, NO_EFFECTS);
   assertEquals(await at.json(["effects", "list", "--store", DB, "--state", "uncertain"]), []);
   const people = await at.ok(["status", "--store", DB]);
-  assertMatch(people, /^outbox +2 pending, the oldest for \d+ m?s, 0 parked\neffects +0 claimed, .*0 uncertain\n$/);
+  assertMatch(
+    people,
+    /^outbox +2 pending, the oldest for \d+ m?s, 0 of them held back; 0 parked\neffects +0 claimed, .*0 uncertain\nrelays +none runs\n$/,
+  );
 
   // One is delivered, the other stays in doubt.
   target.answer = ({ key }) => key === "payment-2" ? new Response("oops", { status: 500 }) : Response.json({ paid: true });
@@ -242,7 +245,9 @@ const USAGE: readonly (readonly [args: readonly string[], ...says: (string | Reg
   [["relay", "extra", "--from", DB, "--to", "stdout:"], `"extra"`],
   [["init", "--store", "sqlite:new.db", "--", "--json"], `"--json"`],
   [["effects", "show", "--store", DB], "KEY"],
-  [["effects", "retry", "--store", DB], "KEY"],
+  [["effects", "retry", "--store", DB], "KEY is missing", "--all"],
+  [["effects", "retry", "k", "--all", "--store", DB], "KEY and --all exclude each other"],
+  [["effects", "retry", "k", "l", "--store", DB], `"l"`],
   [["effects", "resolve", "--store", DB, "--as", "done"], "KEY"],
   [["effects", "discard", "--store", DB], "KEY"],
   [["effects", "show", "a", "b", "--store", DB], `"b"`],
@@ -926,7 +931,9 @@ Deno.test("an effect that is not known, or known in several scopes", async (t) =
   for (const [command, ...more] of commands) {
     await t.step(`effects ${command}`, async () => {
       assertFailure(await at.run(["effects", command!, "nope", "--store", DB, ...more]), DB, `"nope"`);
-      assertFailure(await at.run(["effects", command!, "1", "--store", DB, "--scope", "third", ...more]), DB, `"1"`);
+      const elsewhere = await at.run(["effects", command!, "1", "--store", DB, "--scope", "third", ...more]);
+      assertUsage(elsewhere, "--scope", `"1" is not in scope "third", but in "first" and "second"`);
+      assertFailure(await at.run(["effects", command!, "nope", "--store", DB, "--scope", "third", ...more]), DB, `"nope"`);
       const ran = await at.run(["effects", command!, "1", "--store", DB, ...more]);
       assertUsage(ran, `"1"`, "--scope", "first", "second");
     });
@@ -941,6 +948,39 @@ Deno.test("an effect that is not known, or known in several scopes", async (t) =
   });
 });
 
+Deno.test("effects list that is cut by --limit says so on stderr", async (t) => {
+  await using target = new Target();
+  await using at = await box();
+  target.answer = ({ key }) => new Response("why", { status: key === "0" ? 200 : 400 });
+  await at.enqueue(...Array.from({ length: 4 }, (_, i) => ({ id: `${i}`, value: i })));
+  await at.run(drainTo(target.url, "--lanes", "1"));
+  const cases: [more: string[], limit: number, shown: number][] = [
+    [[], 2, 2],
+    [[], 4, 4],
+    [["--state", "rejected"], 2, 2],
+    [["--state", "rejected"], 3, 3],
+    [["--state", "parked"], 1, 1],
+    [["--state", "parked"], 3, 3],
+  ];
+  const all = { "": 4, "--state rejected": 3, "--state parked": 3 };
+  for (const [more, limit, shown] of cases) {
+    await t.step(`${more.join(" ")} --limit ${limit}`, async () => {
+      const cut = shown < all[more.join(" ") as keyof typeof all];
+      for (const json of [[], ["--json"]]) {
+        const ran = await at.run(["effects", "list", "--store", DB, ...more, "--limit", `${limit}`, ...json]);
+        assertEquals(ran.code, 0);
+        assertEquals(ran.stderr, cut ? `only the first ${limit} are shown: --limit N shows more\n` : "");
+        const rows = json.length ? JSON.parse(ran.stdout) : ran.stdout.trimEnd().split("\n");
+        assertEquals(rows.length, shown);
+      }
+    });
+  }
+  await t.step("what is not known of a parked message is left out", async () => {
+    const text = await at.ok(["effects", "list", "--store", DB, "--state", "parked"]);
+    assertMatch(text.split("\n")[0]!, /^parked {2}1 {2}\d{4}-\S+Z {2}POST http:\S+ answered 400: why$/);
+  });
+});
+
 // ---------------------------------------------------------------------------------------------------------- help, schema
 
 Deno.test("help lists every command; --help of each has all its flags and an example that works", async (t) => {
@@ -949,9 +989,9 @@ Deno.test("help lists every command; --help of each has all its flags and an exa
   await using at = shop;
   const help = await at.ok(["help"]);
   for (const same of ["--help", "-h"]) assertEquals(await at.ok([same]), help);
-  const names = Array.from(help.matchAll(/^ {2}((?:effects )?[a-z]+) {2,}\S/gm), ([, name]) => name!);
+  const names = Array.from(help.matchAll(/^ {2}((?:effects |relays )?[a-z]+) {2,}\S/gm), ([, name]) => name!);
   const issue = ["init", "enqueue", "relay", "status", "effects list", "effects show", "effects retry", "effects resolve"];
-  assertEquals(names, [...issue, "effects discard", "prune", "schema", "doctor", "demo"]);
+  assertEquals(names, [...issue, "effects discard", "relays", "relays forget", "prune", "schema", "doctor", "demo"]);
   assertSays(help, [/Exit codes: 0 .*1 .*2 /]);
   target.answer = () => new Response("why", { status: 500 });
   for (const name of names) {
@@ -959,7 +999,11 @@ Deno.test("help lists every command; --help of each has all its flags and an exa
       const text = await at.ok([...name.split(" "), "--help"]);
       assertEquals(await at.ok([...name.split(" "), "-h"]), text);
       assertEquals(await at.ok([...name.split(" "), "--frobnicate", "--help"]), text, "help comes before any complaint");
-      assertMatch(text, /^[^\n]+: [^\n]+\n\n( {2}--[^\n]+\n)+\nExample:\n {2}deno run -A cli\.ts [^\n]+\n$/);
+      assertMatch(
+        text,
+        /^[^\n]+: [^\n]+\n\n([A-Z]+ is [^\n]+\.\n\n)?( {2}--[^\n]+\n)+\nExample:\n {2}deno run -A cli\.ts [^\n]+\n$/,
+      );
+      if (/^effects (?!list)/.test(name)) assertSays(text, ["KEY is the message's id"]);
       assert(text.split("\n").every((line) => line.length <= 120), "a line is too long for a terminal");
       const example = /cli\.ts ([^\n]+)/.exec(text)![1]!;
       if (name === "demo") return;
@@ -994,6 +1038,7 @@ Deno.test("help lists every command; --help of each has all its flags and an exa
   await t.step("help relay", async () => assertEquals(await at.ok(["help", "relay"]), await at.ok(["relay", "--help"])));
   await t.step("required flags can be told from the others", async () => {
     assertMatch(await at.ok(["relay", "--help"]), /--to URL .*(required|needed)|needs|usage: .*--from/i);
+    assertMatch(await at.ok(["enqueue", "--help"]), /--topic TEXT .*\(required unless --jsonl\)/);
   });
 });
 
@@ -1001,6 +1046,14 @@ Deno.test("no arguments: exit code 2, and the commands on stderr", async () => {
   await using at = await box();
   const { code, stdout, stderr } = await at.run([]);
   assertEquals([code, stdout, stderr], [2, "", await at.ok(["help"])]);
+});
+
+Deno.test("--version says the version of the package", async () => {
+  await using at = await box();
+  const { version } = JSON.parse(await Deno.readTextFile(new URL("../deno.json", import.meta.url)));
+  assertEquals(await at.ok(["--version"]), `effectonce ${version}\n`);
+  // Without a permission too.
+  assertEquals(await at.ok(["--version"], { deno: ["--no-prompt"] }), `effectonce ${version}\n`);
 });
 
 Deno.test("schema prints SQL that makes what init makes, and every command takes it", async () => {

@@ -337,7 +337,7 @@ for (const [what, { does, says, undoes }] of Object.entries(exchanges)) {
       await at.ok(drainTo(to));
       const delivered = kind === "http" ? target.keys() : await idsIn(at.path("out.jsonl"));
       assertEquals(delivered.toSorted(), ["m0", "m1", "m2"]);
-      assertEquals((await at.status()).outbox, { pending: 0, parked: 0, oldestMs: null });
+      assertEquals((await at.status()).outbox, { pending: 0, heldBack: 0, parked: 0, oldestMs: null });
     });
   }
 }

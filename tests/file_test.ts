@@ -901,6 +901,35 @@ Deno.test("parseLine says in one sentence what is wrong with a line", () => {
   }
 });
 
+Deno.test("outside of Deno fileSink and stdoutSink say in one sentence that they are for Deno", async () => {
+  const code = `
+    const { log } = console;
+    await import("node:crypto"); // Deno's own needs it to load.
+    delete globalThis.Deno;
+    const { fileSink, parseLine, stdoutSink } = await import(${JSON.stringify(import.meta.resolve("../adapters/file.ts"))});
+    for (const make of [() => fileSink("out.jsonl"), () => stdoutSink()]) {
+      try {
+        make();
+      } catch (error) {
+        log(error.name + ": " + error.message);
+      }
+    }
+    log(stdoutSink(() => Promise.resolve()).name, parseLine('{"topic":"t","value":1}').value);`;
+  const { success, stdout } = await new Deno.Command(Deno.execPath(), {
+    args: ["eval", "--no-lock", code],
+    cwd: new URL("..", import.meta.url),
+    env: { NO_COLOR: "1" },
+    stderr: "inherit",
+  }).output();
+  assert(success);
+  assertEquals(decoder.decode(stdout).split("\n"), [
+    "TypeError: Cannot use fileSink here: it is for Deno, since it locks its file",
+    "TypeError: Cannot use stdoutSink here: it is for Deno, elsewhere give it a function that writes",
+    "stdout 1",
+    "",
+  ]);
+});
+
 // ------------------------------------------------------------------------------------------------------------------ stdout
 
 const DELIVERY = { idempotencyKey: "", number: 1, signal: new AbortController().signal };
