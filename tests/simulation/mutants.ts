@@ -88,8 +88,8 @@ export const mutants: readonly Mutant[] = [
   // once
   core(
     "once answers before it has recorded",
-    `await persist(runtime, () => store.complete(key, fence, result as Json));`,
-    `persist(runtime, () => store.complete(key, fence, result as Json)).catch(() => {}); return result;`,
+    `await insist(runtime, () => store.complete(key, fence, result as Json), fewTimes);`,
+    `insist(runtime, () => store.complete(key, fence, result as Json), fewTimes).catch(() => {}); return result;`,
   ),
   core("once asks the target before the last request can have arrived", `if (claim.ageMs < settleMs) {`, `if (false) {`),
   core(
