@@ -6,7 +6,7 @@
 import type { Outbox } from "../mod.ts";
 import { reason, UsageError } from "./errors.ts";
 import type { Flags } from "./flags.ts";
-import { maskedUrl } from "./mask.ts";
+import { shellUrl } from "./mask.ts";
 import { type Database, openDatabase, openSink } from "./open.ts";
 
 /** A relay whose flags make sense together; nothing is open yet. */
@@ -60,12 +60,12 @@ export async function openEnds(flags: Flags, closing: DisposableStack): Promise<
   const from = await open("from");
   const apart = flags.has("store") && flags.url("store") !== flags.url("from");
   const store = apart ? await open("store") : from;
-  const outbox = maskedUrl(flags.text("from")!);
+  const outbox = shellUrl(flags.text("from")!);
   return {
     source: from.outbox({ topics: flags.names("topics"), keep: flags.on("keep") }),
     store: store.store,
     databases,
-    advice: apart ? `--store ${maskedUrl(flags.text("store")!)} --from ${outbox}` : `--store ${outbox}`,
+    advice: apart ? `--store ${shellUrl(flags.text("store")!)} --from ${outbox}` : `--store ${outbox}`,
   };
 }
 

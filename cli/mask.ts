@@ -23,6 +23,12 @@ export function maskedUrl(url: string): string {
   return `${scheme}${host.replace(/\/\/.*@/s, `//${HIDDEN}@`)}${path}${shownQuery}${hash === undefined ? "" : `#${HIDDEN}`}`;
 }
 
+/** The same as one word of a shell: zsh takes a bare question mark for a pattern. */
+export function shellUrl(url: string): string {
+  const shown = maskedUrl(url);
+  return /^[\w:./@%+,=-]+$/.test(shown) ? shown : `'${shown.replaceAll("'", `'\\''`)}'`;
+}
+
 /** A header's value. */
 export function maskedHeader(value: string): string {
   return isVariable(value) ? value : HIDDEN;

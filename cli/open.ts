@@ -9,7 +9,7 @@ import { httpSink } from "../adapters/http.ts";
 import { migrateSqlite, type SqliteClient, sqliteOutbox, sqliteSchema, sqliteStore } from "../adapters/sqlite.ts";
 import { reason, UsageError } from "./errors.ts";
 import type { Flags } from "./flags.ts";
-import { maskedUrl } from "./mask.ts";
+import { maskedUrl, shellUrl } from "./mask.ts";
 import { asks, need, permitted } from "./permissions.ts";
 
 /** A database that is open. */
@@ -166,7 +166,7 @@ export async function openDatabase(label: string, url: string, create = false): 
     throw new Error(`Cannot open ${name}: ${reason(error)}`);
   });
   if (!found && !create) {
-    throw new Error(`Cannot open ${name}: the file does not exist. Create it with: init --store ${maskedUrl(url)}`);
+    throw new Error(`Cannot open ${name}: the file does not exist. Create it with: init --store ${shellUrl(url)}`);
   }
   if (found && !found.isFile) throw new Error(`Cannot open ${name}: it is not a file`);
   let client: OpenClient;

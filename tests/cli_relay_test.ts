@@ -538,9 +538,9 @@ Deno.test("what a relay advises at its end can be typed as it is: the URL as it 
   await using target = new Target();
   target.answer = ({ body }) => new Response("why", { status: Number(body) });
   const cases: readonly (readonly [string[], string, Record<string, string>])[] = [
-    [["--from", `${DB}?driver=node`], `--store ${DB}?driver=node`, {}],
+    [["--from", `${DB}?driver=node`], `--store '${DB}?driver=node'`, {}],
     [["--from", "env:APP_DB"], "--store env:APP_DB", { APP_DB: `${DB}?driver=node` }],
-    [["--from", DB, "--store", "sqlite:claims.db?driver=node"], `--store sqlite:claims.db?driver=node --from ${DB}`, {}],
+    [["--from", DB, "--store", "sqlite:claims.db?driver=node"], `--store 'sqlite:claims.db?driver=node' --from ${DB}`, {}],
   ];
   for (const [ends, flags, env] of cases) {
     await t.step(ends.join(" "), async () => {
@@ -551,7 +551,7 @@ Deno.test("what a relay advises at its end can be typed as it is: the URL as it 
       assertEquals(code, 1);
       for (const [state, key] of [["parked", "1"], ["uncertain", "2"]]) {
         assertSays(stdout, [`effects list ${flags} --state ${state} (`]);
-        const listed = await at.ok(["effects", "list", ...flags.split(" "), "--state", state!], { env });
+        const listed = await at.ok(["effects", "list", ...flags.replaceAll("'", "").split(" "), "--state", state!], { env });
         assertSays(listed, [new RegExp(`^${state} .*\\b${key} `, "m")]);
       }
     });
