@@ -12,7 +12,7 @@ import type { Flags } from "./flags.ts";
 import type { Database } from "./open.ts";
 import { print, seconds } from "./print.ts";
 import { RELAY_FLAGS } from "./relay_flags.ts";
-import { lineOf } from "./relays.ts";
+import { linesOf } from "./relays.ts";
 
 /** What is found out about each relay: with `--config` by name, without it of the one. */
 async function eachRelay(command: Flags, look: (flags: Flags) => Promise<Found>): Promise<number> {
@@ -74,7 +74,7 @@ async function standing(outbox: Outbox, { count }: Database["store"], only: stri
     value: { outbox: { pending, heldBack, parked, oldestMs }, effects, relays },
     text: `outbox   ${pending} pending${oldest}, ${heldBack} of them held back; ${parked} parked\n` +
       `effects  ${STATES.map((state) => `${effects[state]} ${state}`).join(", ")}\n` +
-      `relays   ${relays.map(lineOf).join("\n         ") || "none runs"}`,
+      `relays   ${linesOf(relays).join("\n         ") || "none runs"}`,
     ok: true,
   };
 }

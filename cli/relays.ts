@@ -7,11 +7,18 @@ import type { RegisteredRelay } from "../mod.ts";
 import { type Command, JSON_OUT, STORE, using } from "./command.ts";
 import { print } from "./print.ts";
 
-/** What is to be said of a relay, in one line. */
-export function lineOf({ relay, protocol, topics, live, sealed }: RegisteredRelay): string {
-  const what = topics ? `topics ${topics.join(", ")}` : "all topics";
-  const left = sealed > 0 ? `${sealed} messages in sealed batches` : "what it may have called and not settled";
-  return `"${relay}" (${protocol}, ${what}) ${live ? "runs" : `has ended, and left behind: ${left}`}`;
+/** What is to be said of relays, a line for all processes of which the same is to be said. */
+export function linesOf(relays: readonly RegisteredRelay[]): readonly string[] {
+  const lines = relays.map(({ relay, protocol, topics, live, sealed }) => {
+    const what = topics ? `topics ${topics.join(", ")}` : "all topics";
+    const left = sealed > 0 ? `${sealed} messages in sealed batches` : "what it may have called and not settled";
+    const how = live ? "runs, or has died within its lease" : `has ended, and left behind: ${left}`;
+    return `"${relay}" (${protocol}, ${what}) ${how}`;
+  });
+  return Array.from(
+    Map.groupBy(lines, (line) => line),
+    ([line, { length }]) => length > 1 ? `${line} (${length} times)` : line,
+  );
 }
 
 /** The commands by name. */
@@ -23,7 +30,7 @@ export const RELAYS: Readonly<Record<string, Command>> = {
     run: (flags) =>
       using(flags, async ({ outbox }) => {
         const relays = await outbox({}).relays();
-        print(flags, relays, relays.map(lineOf).join("\n") || "none");
+        print(flags, relays, linesOf(relays).join("\n") || "none");
       }),
   },
   "relays forget": {

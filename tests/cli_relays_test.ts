@@ -30,6 +30,11 @@ Deno.test("relays and status tell which relays run, and which have left somethin
   await until(() => target.keys().length === 1);
   const billing = { relay: "billing", protocol: "claimed", topics: ["orders"], live: true, sealed: 0 };
   assertEquals(await at.json(relays), [billing]);
+  const second = at.start(relayTo(target.url, "--topics", "orders", "--name", "billing"));
+  await until(async () => (await at.json(relays) as unknown[]).length === 2);
+  const twice = `"billing" (claimed, topics orders) runs, or has died within its lease (2 times)\n`;
+  assertEquals(await at.ok(relays), twice);
+  assertEquals((await second.stop()).code, 0);
   const forget = ["relays", "forget", "billing", "--store", DB];
   assertFailure(await at.run(forget), `Cannot forget relay "billing" of ${DB}: it runs`);
   running.kill("SIGKILL");
