@@ -2936,6 +2936,50 @@ export const relayCases: readonly Case<RelayHarness>[] = [
     expectEqual([report.delivered, world.calls.length], [2, 2], "messages delivered, and calls");
     expect(world.of("failed").length >= 2, `two \`failed\` events at least, got ${world.of("failed").length}`);
   }),
+  relayCase("fails, and keeps its name, when it is told to stop and cannot write an outcome down", async (world) => {
+    await world.enqueue("a1");
+    const stop = new AbortController();
+    const store: ClaimStore = {
+      ...world.store,
+      completeAll: () => Promise.reject(new EffectError("busy", "locked by another writer")),
+    };
+    let settled: boolean | undefined;
+    const from = tapped(memoryOutbox(world.store), ({ close }) => ({
+      close: (clean) => {
+        settled = clean;
+        return close(clean);
+      },
+    }));
+    const work = world.start({ drain: false, signal: stop.signal, from, store, to: world.target() });
+    await world.time.until(() => world.of("failed").length > 10, "eleven `failed` events");
+    stop.abort();
+    await expectError(() => world.finish(work), "busy", "the relay");
+    expectEqual([settled, world.calls.length], [false, 1], "whether all is settled, and calls");
+  }),
+  relayCase("keeps its name when it is told to stop while a message is in doubt", async (world) => {
+    await world.enqueue("a1");
+    const stop = new AbortController();
+    let settled: boolean | undefined;
+    const from = tapped(memoryOutbox(world.store), ({ close }) => ({
+      close: (clean) => {
+        settled = clean;
+        return close(clean);
+      },
+    }));
+    const { fail } = world.store;
+    const store: ClaimStore = {
+      ...world.store,
+      fail(key, fence, failure) {
+        stop.abort();
+        return fail(key, fence, failure);
+      },
+    };
+    const target = world.target(() => Promise.reject(new Error("reset")));
+    const to: CallSink = { ...target, reconcile: () => Promise.resolve({ state: "unknown" }) };
+    await world.finish(world.start({ drain: false, signal: stop.signal, from, store, to }));
+    expectEqual((await recordOf(world.store, { scope: "relay", key: "a1" })).state, "uncertain", "the effect");
+    expectEqual([settled, world.waiting()], [false, ["a1"]], "whether all is settled, and the outbox");
+  }),
   relayCase("starts once the source is no longer busy; when draining it gives up", async (world) => {
     await world.enqueue("a1");
     let opens = 0;

@@ -1472,7 +1472,7 @@ export function guarantee(from: Source, to: Sink, store?: ClaimStore): Guarantee
       protocol: "plain",
       reasons: [reason, "after a crash, what was sent but not yet settled is sent again"],
       conditions: ["one relay at a time: two of them send everything twice"],
-      stronger: [to.repeat === "always" ? "deliver into a sink that commits its position, such as a file" : "give a store"],
+      stronger: [to.repeat === "always" ? "deliver into a sink that commits its position" : "give a store"],
     };
   }
   const conditions = [
@@ -1508,7 +1508,7 @@ export function guarantee(from: Source, to: Sink, store?: ClaimStore): Guarantee
       ? [...conditions, "a process paused just before its send, and woken after the target was asked, can still send"]
       : conditions,
     stronger: [
-      "if the target dedupes by the Idempotency-Key header: say so (--idempotent), which makes it effectively-once",
+      "if the target dedupes by the Idempotency-Key header: say so (--idempotent)",
       ...to.reconcile ? [] : ["let the target be asked about a message in doubt (reconcile)"],
     ],
   };
@@ -1660,6 +1660,8 @@ type Settings = Required<Omit<RelayOptions, "store" | "signal" | "observe" | "fr
   readonly stopped: () => boolean;
   readonly emit: (event: RelayEvent) => void;
   readonly count: (what: keyof RelayReport) => void;
+  /** Messages whose delivery has begun, and that are neither settled nor parked. */
+  readonly begun: Set<string>;
   /** A busy database passes, which is told. */
   readonly passes: (error: unknown, afterMs: number) => boolean;
   readonly signal: AbortSignal | undefined;
@@ -1745,14 +1747,14 @@ interface Lane {
   running: boolean;
 }
 
-/** The claimed protocol, and the plain one: message by message, a lane per key, lanes in parallel. Answers: drained? */
+/** The claimed protocol, and the plain one: message by message, a lane per key, lanes in parallel. */
 async function deliverClaimed(
   o: Settings,
   source: SourceSession,
   sink: CallSink,
   store: RelayClaims,
   repeat: CallSink["repeat"],
-): Promise<boolean> {
+): Promise<void> {
   const { name: relay, runtime } = o;
   const lanes = new Map<string, Lane>();
   const inHand = new Set<string>();
@@ -1761,9 +1763,11 @@ async function deliverClaimed(
   const gone = new Set<string>();
   const heldBack = new Set<string>();
   const doubts = new Map<string, number>();
+  const { begun } = o;
   const repeatWithinMs = repeat === "same-key" ? repeatWithin(sink.dedupeWindowMs ?? 0) : undefined;
   let active = 0;
   let idle = false;
+  /** Any failure of source or store but a busy database ends the relay, once the calls under way are over. */
   let failure: { readonly error: unknown } | undefined;
   let bell = new AbortController();
   const wake = () => bell.abort();
@@ -1780,17 +1784,13 @@ async function deliverClaimed(
   });
   const about = ({ id, topic, key, time }: Message) => ({ relay, id, topic, key, time });
   const stopping = () => failure !== undefined || o.stopped();
-  /** Any failure of source or store but a busy database ends the relay, once the calls under way are over. */
-  function failed(error: unknown, afterMs: number): void {
-    if (!o.passes(error, afterMs)) failure ??= { error };
-  }
 
   /** A database that is busy for longer than a lease still learns the outcome: the fence, not the lease, lets it. */
   function record<T>(write: () => Promise<T>): Promise<T> {
     return insist(
       runtime,
       write,
-      (error, attempt, afterMs) => o.passes(error, afterMs) && !o.stopped() || fewTimes(error, attempt),
+      (error, attempt, afterMs) => !stopping() && o.passes(error, afterMs) || fewTimes(error, attempt),
     );
   }
 
@@ -1897,6 +1897,7 @@ async function deliverClaimed(
   }
 
   async function step(lane: Lane, message: Message): Promise<Next> {
+    begun.add(message.id);
     const fingerprint = await fingerprintOf(message);
     const since = runtime.now();
     const answer = await claim({ key: { scope: relay, key: message.id }, leaseMs: o.leaseMs, fingerprint, repeatWithinMs });
@@ -1913,6 +1914,7 @@ async function deliverClaimed(
         return await setAside(message, "the id was used before, with another topic, key, value or headers", false);
       case "busy":
         // Another relay has it, or its row outlived a crash between recording a failure and postponing the message.
+        begun.delete(message.id);
         lane.readyAt = runtime.now() + Math.min(answer.retryMs, 100);
         return "again";
     }
@@ -1929,12 +1931,14 @@ async function deliverClaimed(
         // Held back: the source will hand the rest of the key out again when its first message may go.
         for (const { id } of lane.messages.splice(0, next === "held" ? Infinity : 1)) {
           inHand.delete(id);
+          begun.delete(id);
           gone.add(id);
         }
         if (next === "held") heldBack.add(key);
       }
     } catch (error) {
-      failed(error, 1000);
+      // Told to stop, and an outcome could not be written down: that is no good end.
+      if (stopping() || !o.passes(error, 1000)) failure ??= { error };
       lane.readyAt = runtime.now() + 1000;
     }
     if (lane.messages.length === 0) lanes.delete(key);
@@ -1968,7 +1972,7 @@ async function deliverClaimed(
           lanes.set(key, lane);
         }
       } catch (error) {
-        failed(error, o.pollMs);
+        if (!o.passes(error, o.pollMs)) failure ??= { error };
       }
       if (inHand.size === 0 && active === 0 && readable && !stale) {
         if (o.drain && waitMs === null) break;
@@ -1992,7 +1996,6 @@ async function deliverClaimed(
   }
   o.signal?.removeEventListener("abort", wake);
   if (failure) throw failure.error;
-  return !stopping();
 }
 
 /**
@@ -2020,8 +2023,8 @@ function compact({ n, uid, prev, rows }: Position): CompactPosition {
 type CompactPosition = Position & { readonly count?: number };
 const countOf = (position: CompactPosition): number => position.count ?? position.rows.length;
 
-/** The sealed protocol: one batch after the other, each with its position. Answers: drained? */
-async function deliverSealed(o: Settings, source: SourceSession, sink: AtomicSink): Promise<boolean> {
+/** The sealed protocol: one batch after the other, each with its position. */
+async function deliverSealed(o: Settings, source: SourceSession, sink: AtomicSink): Promise<void> {
   const { name: relay, runtime } = o;
   const limits = { rows: o.batch, bytes: o.batchBytes };
   const attempts = new Map<string, number>();
@@ -2047,7 +2050,7 @@ async function deliverSealed(o: Settings, source: SourceSession, sink: AtomicSin
     }
   }
 
-  async function run(session: AtomicSession, ring: Position[]): Promise<boolean> {
+  async function run(session: AtomicSession, ring: Position[]): Promise<void> {
     let idle = false;
     const seal = async () => {
       const sealed = await source.seal(ring, limits);
@@ -2058,21 +2061,27 @@ async function deliverSealed(o: Settings, source: SourceSession, sink: AtomicSin
       return sealed;
     };
     let sealed = await seal();
+    let fresh = true;
     while (!o.stopped()) {
       const cursor = ring.at(-1) ?? START;
       const batch = sealed.batches.find(({ n, prev }) => n === cursor.n + 1 && prev === cursor.uid);
       if (!batch) {
-        if (sealed.batches.length === 0) {
-          if (o.drain && sealed.waitMs === null) return true;
+        if (sealed.batches.length > 0) {
+          if (fresh) {
+            throw new EffectError("diverged", `${sink.name} ends at batch ${cursor.n}, but none of the source follows`);
+          }
+        } else {
+          if (o.drain && sealed.waitMs === null) return;
           if (!idle) o.emit({ type: "idle", relay });
           idle = true;
           fencedSince = undefined;
           await runtime.sleep(Math.min(o.pollMs, sealed.waitMs ?? o.pollMs), o.signal);
         }
         sealed = await seal();
+        fresh = true;
         continue;
       }
-      idle = false;
+      idle = fresh = false;
       const since = runtime.now();
       // The next batch is sealed while this one is on its way; its number alone says that it comes after.
       const [committed, ahead] = await Promise.allSettled([session.commit(batch), seal()]);
@@ -2081,6 +2090,7 @@ async function deliverSealed(o: Settings, source: SourceSession, sink: AtomicSin
         if (!(error instanceof Error && REFUSED in error)) throw error;
         await refused(ring, (error as RefusedMessage)[REFUSED], error.cause);
         sealed = await seal();
+        fresh = true;
         continue;
       }
       ring.push(compact(batch));
@@ -2097,7 +2107,6 @@ async function deliverSealed(o: Settings, source: SourceSession, sink: AtomicSin
       if (ahead.status === "rejected") throw ahead.reason;
       sealed = ahead.value;
     }
-    return false;
   }
 
   while (!o.stopped()) {
@@ -2111,7 +2120,7 @@ async function deliverSealed(o: Settings, source: SourceSession, sink: AtomicSin
         throw new EffectError(
           "cursor_lost",
           `${sink.name} ends at batch ${cursor.n}, but ${floor} were delivered: it was removed, emptied, replaced or damaged. ` +
-            `Put it back, or start a new relay name to deliver only what is still in the outbox`,
+            `Put it back, or start a new relay name for what is still in the outbox`,
         );
       }
       return await run(session, ring);
@@ -2134,7 +2143,6 @@ async function deliverSealed(o: Settings, source: SourceSession, sink: AtomicSin
       await session?.close();
     }
   }
-  return false;
 }
 
 /**
@@ -2168,6 +2176,7 @@ export async function relay(options: RelayOptions): Promise<RelayReport> {
   const emit = (event: RelayEvent) => options.observe?.(event);
   const count = (what: keyof RelayReport) => report[what]++;
   const stopped = () => signal?.aborted ?? false;
+  const begun = new Set<string>();
   const passes = (error: unknown, afterMs: number) => {
     if (!isCode(error, "busy")) return false;
     emit({ type: "failed", relay: name, reason: reasonOf(error), afterMs });
@@ -2188,6 +2197,7 @@ export async function relay(options: RelayOptions): Promise<RelayReport> {
     count,
     stopped,
     passes,
+    begun,
     ...times,
   };
 
@@ -2207,26 +2217,17 @@ export async function relay(options: RelayOptions): Promise<RelayReport> {
     }
   }
   stayAlive();
-  // What the sealed protocol leaves behind are batches, which the source sees itself.
-  let settled = to.kind === "atomic";
   const claims = promise.protocol === "claimed" ? store : undefined;
-  let touched = false;
-  const touching = (claims: RelayClaims): RelayClaims => ({
-    ...claims,
-    claimAll(keys) {
-      touched = true;
-      return claims.claimAll(keys);
-    },
-  });
+  let drained = false;
   try {
-    const drained = to.kind === "atomic"
-      ? await deliverSealed(o, source, to)
-      : await deliverClaimed(o, source, to, touching(claims ?? unclaimed()), claims ? to.repeat : "always");
-    settled ||= drained || !source.inherited;
+    if (to.kind === "atomic") await deliverSealed(o, source, to);
+    else await deliverClaimed(o, source, to, claims ?? unclaimed(), claims ? to.repeat : "always");
+    drained = !stopped();
   } finally {
-    settled ||= !touched && !source.inherited;
     over.abort();
     // If this fails the registration ends by itself; what went wrong before matters more.
+    // What the sealed protocol leaves behind are batches, which the source sees itself.
+    const settled = to.kind === "atomic" || begun.size === 0 && (drained || !source.inherited);
     await source.close(settled).catch(() => {});
     emit({ type: "stopped", relay: name, ...report });
   }

@@ -341,7 +341,9 @@ export function memoryOutbox(store: MemoryStore, options: OutboxOptions = {}): O
         }
         const shard = memory.state.shards.get(relay);
         if (!shard || shard.batches.length === 0) return false;
-        memory.state.shards.set(relay, { ...shard, batches: [] });
+        // What it seals next follows on what was delivered, not on what is given up here.
+        const { settled, settledUid } = shard;
+        memory.state.shards.set(relay, { ...shard, sealed: settled, sealedUid: settledUid, batches: [] });
         return true;
       }),
     prune: () => Promise.resolve(0),

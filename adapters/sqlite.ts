@@ -1186,6 +1186,8 @@ export function sqliteOutbox(client: SqliteClient, options: SqliteOutboxOptions 
           throw new EffectError("busy", `Cannot forget relay "${relay}" of ${name}: ${how}. Stop it first`);
         }
         prepare(`delete from effectonce_batches where relay = ?`).run(relay);
+        // What it seals next follows on what was delivered, not on what is given up here.
+        prepare(`update effectonce_shards set sealed = settled, sealed_uid = settled_uid where relay = ?`).run(relay);
         prepare(`delete from effectonce_relays where relay = ?`).run(relay);
         return theirs.length > 0;
       }),

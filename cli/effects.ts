@@ -3,7 +3,7 @@
  *
  * @module
  */
-import { EffectError, type EffectRecord, type EffectState, type Json, type Outbox } from "../mod.ts";
+import { EffectError, type EffectRecord, type EffectState, type Json, type Outbox, type RegisteredRelay } from "../mod.ts";
 import { type Command, JSON_OUT, STORE, using } from "./command.ts";
 import { reason, UsageError } from "./errors.ts";
 import type { Flag, Flags } from "./flags.ts";
@@ -83,11 +83,16 @@ export const EFFECTS: Readonly<Record<string, Command>> = {
       if (key !== undefined && flags.on("all")) throw new UsageError(`KEY and ${flags.label("all")} exclude each other`);
       if (key === undefined && !flags.on("all")) throw new UsageError("KEY is missing (or --all)");
       if (key === undefined) return withOutbox(flags, (database, outbox) => retryAll(flags, database.store, outbox));
-      return withEffect(flags, async (effect, { store }, parked, outbox) => {
+      return withEffect(flags, async (found, { store }, parked, outbox) => {
+        const message = await outbox.find(key);
+        const relay = message && relayOf(await outbox.relays(), message.topic);
+        // That of another scope, such as an application's once(), is none of the message's.
+        const others = relay && found && !flags.has("scope") &&
+          (relay.protocol !== "claimed" || relay.relay !== found.scope);
+        const effect = others ? undefined : found;
         const refused = refusalOf(effect, parked !== undefined);
         if (refused) throw refused;
-        // Before: a relay that runs may have delivered it a moment later.
-        const state = (await outbox.find(key))?.state;
+        const state = message?.state;
         await letAgain(key, effect, store, outbox);
         const sent = state !== undefined && state !== "delivered";
         const absent = "no message for it is in this outbox, so whoever asks for it next";
@@ -219,22 +224,14 @@ async function letAgain(
   await outbox.release(key);
 }
 
-/** The scopes of all effects: to find a key in each costs a step, to find it anywhere a walk over all of them. */
-async function scopesOf(store: Database["store"]): Promise<readonly string[]> {
-  const lastKey = "\u{10ffff}".repeat(256);
-  const scopes: string[] = [];
-  let [next] = await store.list({ limit: 1 });
-  while (next) {
-    scopes.push(next.scope);
-    [next] = await store.list({ after: { scope: next.scope, key: lastKey }, limit: 1 });
-  }
-  return scopes;
-}
+/** Whose messages of a topic are: while one is parked, its relay keeps the topic. */
+const relayOf = (relays: readonly RegisteredRelay[], topic: string): RegisteredRelay | undefined =>
+  relays.find(({ topics }) => topics === null || topics.includes(topic));
 
 /** Retries what is parked now: each message once, though a relay that runs may park it again meanwhile. */
 async function retryAll(flags: Flags, store: Database["store"], outbox: Outbox): Promise<number> {
   const only = flags.text("scope");
-  const scopes = only === undefined ? await scopesOf(store) : [only];
+  const relays = await outbox.relays();
   const { parked } = await outbox.status();
   const seen = new Set<string>();
   const refused: Error[] = [];
@@ -245,18 +242,27 @@ async function retryAll(flags: Flags, store: Database["store"], outbox: Outbox):
     const fresh = listed.filter(({ id }) => !seen.has(id)).slice(0, parked - seen.size);
     if (fresh.length === 0 && listed.length < limit) break;
     const before = retried;
-    for (const { id } of fresh) {
+    for (const { id, topic } of fresh) {
       seen.add(id);
-      const found = (await Promise.all(scopes.map((scope) => store.list({ scope, key: id })))).flat();
-      if (only !== undefined && found.length === 0) continue;
-      const why = found.length > 1 ? ambiguous(found) : refusalOf(found[0], true);
+      const relay = relayOf(relays, topic);
+      if (only !== undefined && relay?.relay !== only) continue;
+      // Whatever else has this key, in the scope of an application's once(), is none of the message's.
+      const [effect] = relay?.protocol === "claimed" ? await store.list({ scope: relay.relay, key: id }) : [];
+      const why = relay
+        ? refusalOf(effect, true)
+        : new Error(`no relay is registered for topic "${topic}": effects retry ${id} --scope NAME`);
       if (why) {
         refused.push(why);
         continue;
       }
-      await letAgain(id, found[0], store, outbox);
+      try {
+        await letAgain(id, effect, store, outbox);
+      } catch (error) {
+        refused.push(error as Error); // Somebody works on it, or has decided meanwhile.
+        continue;
+      }
       retried++;
-      if (found[0]?.doubt) doubtful++;
+      if (effect?.doubt) doubtful++;
     }
     // What was left stays in front of the list.
     limit = PAGE + listed.length - (retried - before);

@@ -16,6 +16,8 @@ import { asks, need, permitted } from "./permissions.ts";
 export interface Database {
   /** Its URL, without secrets. */
   readonly name: string;
+  /** The same for every URL of the same database. */
+  readonly identity: string;
   /** Its claims. */
   readonly store: EffectStore<unknown>;
   /** Its outbox, or some topics of it. */
@@ -170,6 +172,7 @@ export async function openDatabase(label: string, url: string, create = false): 
   }
   if (found && !found.isFile) throw new Error(`Cannot open ${name}: it is not a file`);
   let client: OpenClient;
+  let identity: string;
   try {
     client = await connect(path);
     // Whoever closes it last, or recovers it, locks it as a whole for a moment.
@@ -177,6 +180,7 @@ export async function openDatabase(label: string, url: string, create = false): 
     client.prepare("select count(*) from sqlite_master").get();
     // From now on waiting in SQLite would block the renewal of leases: the adapter waits instead.
     client.prepare("pragma busy_timeout = 20").get();
+    identity = (client.prepare("pragma database_list").get() as { file: string }).file; // Without symbolic links.
     client = watched(client, path, name);
   } catch (error) {
     throw new Error(`Cannot open ${name}: ${reason(error)}`, { cause: error });
@@ -185,6 +189,7 @@ export async function openDatabase(label: string, url: string, create = false): 
   const store = sqliteStore(client, options);
   return {
     name,
+    identity,
     store,
     outbox: (outbox) => sqliteOutbox(client, { ...options, ...outbox }),
     migrate: () => migrateSqlite(client, options),

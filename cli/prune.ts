@@ -6,6 +6,7 @@
 import type { Outbox, PruneOptions } from "../mod.ts";
 import { type Command, JSON_OUT, STORE } from "./command.ts";
 import { relaysOf } from "./config.ts";
+import { UsageError } from "./errors.ts";
 import type { Flag, Flags } from "./flags.ts";
 import { type Database, openDatabase } from "./open.ts";
 import { print } from "./print.ts";
@@ -13,25 +14,47 @@ import { RELAY_FLAGS } from "./relay_flags.ts";
 
 const OUTBOX: Flag = { kind: "url", help: "the outbox, where it is not in the store's database: what is in it is kept" };
 
-/** The databases of relays, each opened once, and for each with claims the outboxes elsewhere whose messages it knows. */
-async function databasesOf(relays: readonly Flags[], closing: DisposableStack) {
-  const opened = new Map<string, { readonly database: Database; readonly outboxes: Set<Outbox> }>();
+interface Pruned {
+  readonly database: Database;
+  /** Whether claims are here. */
+  claims: boolean;
+  /** Whether a relay's outbox is here. */
+  messages: boolean;
+  /** Outboxes elsewhere whose messages have their claims here. */
+  readonly outboxes: Outbox[];
+}
+
+/** The databases of relays, each once however its URL is written: what one knows to be needed, another must not forget. */
+async function databasesOf(relays: readonly Flags[], closing: DisposableStack): Promise<readonly Pruned[]> {
+  const opened = new Map<string, Pruned>();
   const open = async (flags: Flags, flag: string) => {
-    const url = flags.url(flag)!;
-    let found = opened.get(url);
-    if (!found) {
-      const database = await openDatabase(flags.label(flag), url);
-      closing.defer(() => database.close());
-      opened.set(url, found = { database, outboxes: new Set() });
-    }
+    const database = await openDatabase(flags.label(flag), flags.url(flag)!);
+    closing.defer(() => database.close());
+    const found = opened.get(database.identity) ?? { database, claims: false, messages: false, outboxes: [] };
+    opened.set(database.identity, found);
     return found;
   };
   for (const flags of relays) {
-    const from = flags.has("from") ? await open(flags, "from") : undefined;
-    const store = flags.has("store") ? await open(flags, "store") : undefined;
-    if (from && store && from !== store) store.outboxes.add(from.database.outbox({}));
+    const from = await open(flags, "from");
+    const store = flags.has("store") ? await open(flags, "store") : from;
+    from.messages = true;
+    store.claims = true;
+    if (from !== store) store.outboxes.push(from.database.outbox({}));
   }
   return [...opened.values()];
+}
+
+/** The database of `--store`; the outbox of `--from` is only looked into. */
+async function databaseOf(flags: Flags, closing: DisposableStack): Promise<readonly Pruned[]> {
+  const open = async (flag: string) => {
+    const database = await openDatabase(flags.label(flag), flags.url(flag)!);
+    closing.defer(() => database.close());
+    return database;
+  };
+  flags.given("store");
+  const database = await open("store");
+  const outboxes = flags.has("from") ? [(await open("from")).outbox({})] : [];
+  return [{ database, claims: true, messages: true, outboxes }];
 }
 
 async function all(prune: (options: PruneOptions) => Promise<number>, options: PruneOptions): Promise<number> {
@@ -58,12 +81,16 @@ export const PRUNE: Command = {
   example: "prune --store sqlite:app.db --older-than-ms 2592000000",
   async run(flags) {
     using closing = new DisposableStack();
-    const databases = await databasesOf(relaysOf(flags), closing);
+    for (const flag of ["store", "from"]) {
+      if (!flags.has("config") || flags.layer.get(flag)?.source !== "flag") continue;
+      throw new UsageError(`${flags.label("config")} names the databases: it excludes ${flags.label(flag)}`);
+    }
+    const databases = flags.has("config") ? await databasesOf(relaysOf(flags), closing) : await databaseOf(flags, closing);
     const olderThanMs = flags.number("older-than-ms")!;
     const pruned = { effects: 0, messages: 0 };
-    for (const { database, outboxes } of databases) {
-      pruned.effects += await all(database.store.prune, { olderThanMs, outboxes: [...outboxes] });
-      pruned.messages += await all(database.outbox({}).prune, { olderThanMs });
+    for (const { database, claims, messages, outboxes } of databases) {
+      if (claims) pruned.effects += await all(database.store.prune, { olderThanMs, outboxes });
+      if (messages) pruned.messages += await all(database.outbox({}).prune, { olderThanMs });
     }
     print(flags, pruned, `pruned ${pruned.effects} effects and ${pruned.messages} messages`);
     return 0;

@@ -22,6 +22,7 @@ import {
   QUICK,
   RawTarget,
   relayTo,
+  sqlOn,
   Target,
   until,
 } from "./cli_run.ts";
@@ -494,6 +495,7 @@ Deno.test("effects retry --all: everything parked goes to its relay again, each 
         ${rows} select 'done-' || i, 't', '1', 'parked', i, 'used before' from n`,
       `insert into effectonce_outbox (id, topic, value, state, until_ms, reason)
         ${rows} select 'odd-' || i, 't', '1', 'parked', 2000 + i, 'why' from n`,
+      "insert into effectonce_relays (instance, relay, protocol, until_ms) values ('1', 'default', 'claimed', 0)",
     );
     const ran = await at.run([...retryAll, "--json"]);
     assertEquals([ran.code, ran.stdout], [1, '{"retried":1100}\n']);
@@ -503,6 +505,23 @@ Deno.test("effects retry --all: everything parked goes to its relay again, each 
     );
     const { parked, pending } = (await at.status()).outbox;
     assertEquals([parked, pending], [1100, 1100]);
+  });
+  await t.step("not what an application has under the same key, which is no message's", async () => {
+    await using at = await box();
+    await at.enqueue({ id: "order-1", value: 1 });
+    at.sql(
+      `update effectonce_outbox set state = 'parked', until_ms = 1, reason = 'bad'`,
+      `insert into effectonce_effects (scope, key, state, changed_ms) values ('charge', 'order-1', 'rejected', 0)`,
+    );
+    const unknown = await at.run(retryAll);
+    assertEquals([unknown.code, unknown.stdout], [1, "retried 0 messages\n"]);
+    assertSays(unknown.stderr, [`no relay is registered for topic "orders"`, "--scope NAME"]);
+    at.sql("insert into effectonce_relays (instance, relay, protocol, until_ms) values ('1', 'archive', 'sealed', 0)");
+    assertEquals(await at.json([...retryAll, "--scope", "archive"]), { retried: 1 });
+    at.sql(`update effectonce_outbox set state = 'parked'`);
+    assertEquals(await at.ok(["effects", "retry", "order-1", "--store", DB]), `"order-1" will be sent anew\n`);
+    const [row] = at.sql("select state, generation from effectonce_effects");
+    assertEquals(row, { state: "rejected", generation: 1 });
   });
 });
 
@@ -882,6 +901,20 @@ Deno.test("prune keeps effects of messages in an outbox elsewhere: that of --fro
   assertEquals(await at.json(["prune", ...claims, "--from", "sqlite:second.db", ...old]), { effects: 1, messages: 0 });
   assertEquals(await left(), ["bad-2"]);
   assertEquals(await at.json(["prune", ...claims, ...old]), { effects: 1, messages: 0 }, "the naive way shows no fault");
+  // However the file spells it, it is one database; and that of --from is only looked into.
+  await Deno.mkdir(at.path("w"));
+  file.relays.second = { ...file.relays.second, store: "sqlite:w/../claims.db?driver=node" } as typeof file.relays.second;
+  await Deno.writeTextFile(at.path("relays.json"), JSON.stringify(file));
+  for (const key of ["bad", "bad-2", "old"]) {
+    const insert = `insert into effectonce_effects (scope, key, changed_ms) values ('x', '${key}', 0)`;
+    sqlOn(at.path("claims.db"), insert);
+    sqlOn(at.path("second.db"), insert.replace("'bad-2'", "'own'"));
+  }
+  assertEquals(await at.json(["prune", "--config", "relays.json", ...old]), { effects: 1, messages: 0 });
+  assertEquals(await left(), ["bad", "bad-2"]);
+  assertEquals(await at.json(["prune", ...claims, "--from", "sqlite:second.db", ...old]), { effects: 1, messages: 0 });
+  assertEquals(sqlOn(at.path("second.db"), "select key from effectonce_effects").length, 3);
+  assertUsage(await at.run(["prune", "--config", "relays.json", ...claims]), "--config", "excludes --store");
   for (const wrong of [["--from", "sqlite:none.db", ...claims], ["--config", "none.json"]]) {
     assertFailure(await at.run(["prune", ...wrong]), wrong[1]!, "does not exist");
   }

@@ -1275,6 +1275,12 @@ const relayFaults: Readonly<Record<string, RelayFault>> = {
         throw new EffectError("source_invalid", error.message);
       }),
   })),
+  "fails, and keeps its name, when it is told to stop and cannot write an outcome down": {
+    relay: (options) => relay(options).catch(() => ({ delivered: 0, parked: 0, uncertain: 0 })),
+  },
+  "keeps its name when it is told to stop while a message is in doubt": sourced(({ close }) => ({
+    close: () => close(true),
+  })),
   "starts once the source is no longer busy; when draining it gives up": given(({ from }) => ({
     from: {
       ...from,

@@ -339,6 +339,25 @@ sqliteTest("tells which relays there are, and gives up the name of one that has 
   assertEquals((await outbox.relays()).map(({ relay, live }) => [relay, live]), [["other", true]]);
 });
 
+sqliteTest("goes on under a name that was given up, behind what its sink has", async (open) => {
+  let now = Date.now();
+  const client = open();
+  const content: string[] = [];
+  const outbox = sqliteOutbox(client, { now: () => now });
+  const to = handler(sqliteStore(client), ({ id }) => Promise.resolve(void content.push(id)));
+  await enqueue(client, "a1");
+  await relay({ name: "relay", from: outbox, to, drain: true });
+  await enqueue(client, "a2", "b1");
+  await (await outbox.open(SEALED)).seal([], ALL).catch(() => {});
+  const dead = await outbox.open(SEALED);
+  const ring = await sqliteStore(client).positions({ relay: "relay", source: dead.id });
+  await dead.seal(ring, { ...ALL, rows: 1 });
+  now += 120_000;
+  assertEquals(await outbox.forget("relay"), true);
+  await relay({ name: "relay", from: outbox, to, drain: true });
+  assertEquals([content, (await outbox.status()).pending], [["a1", "a2", "b1"], 0]);
+});
+
 sqliteTest("tells operators how messages stand, and lets them decide", async (open) => {
   let now = Date.now();
   const client = open();
