@@ -11,7 +11,9 @@ import { print } from "./print.ts";
 export function linesOf(relays: readonly RegisteredRelay[]): readonly string[] {
   const lines = relays.map(({ relay, protocol, topics, live, sealed }) => {
     const what = topics ? `topics ${topics.join(", ")}` : "all topics";
-    const left = sealed > 0 ? `${sealed} messages in sealed batches` : "what it may have called and not settled";
+    const left = sealed > 0
+      ? `${sealed} messages in sealed batches`
+      : "messages that are parked, or that it may have called and not settled";
     const how = live ? "runs, or has died within its lease" : `has ended, and left behind: ${left}`;
     return `"${relay}" (${protocol}, ${what}) ${how}`;
   });

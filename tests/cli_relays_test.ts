@@ -42,7 +42,8 @@ Deno.test("relays and status tell which relays run, and which have left somethin
 
   // Within its lease nobody can know that it has died.
   await until(async () => JSON.stringify(await at.json(relays)) === JSON.stringify([{ ...billing, live: false }]));
-  const line = `"billing" (claimed, topics orders) has ended, and left behind: what it may have called and not settled\n`;
+  const line =
+    `"billing" (claimed, topics orders) has ended, and left behind: messages that are parked, or that it may have called and not settled\n`;
   assertEquals(await at.ok(relays), line);
   assertEquals((await at.ok(["status", "--store", DB])).split("relays   ")[1], line);
   const archive = drainTo("file:out.jsonl", "--name", "archive");
