@@ -941,6 +941,13 @@ export const storeCases: readonly Case<StoreHarness>[] = [
     expectEqual(forgotten, 2, "the number forgotten");
     expectEqual((await store.list()).map(({ key }) => key), keys.slice(0, 7).map(({ key }) => key), "what is left");
   }),
+  storeCase("prune() keeps an effect that is let run anew while it looks", async ({ store, again, advance }) => {
+    await refuse(store, {});
+    await advance(YEAR);
+    const find = () => store.resolve(KEY, { as: "absent" }).then(() => undefined);
+    expectEqual(await again.prune({ olderThanMs: 0, outboxes: [{ find }] }), 0, "the number forgotten");
+    expectEqual((await store.list()).map(({ state }) => state), ["waiting"], "what is left");
+  }),
 
   // batches
   storeCase("claimAll() answers in the order of its keys", async ({ store, again }) => {

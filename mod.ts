@@ -2014,7 +2014,10 @@ export function boundRing(ring: Position[]): Position[] {
 function compact({ n, uid, prev, rows }: Position): CompactPosition {
   const text = JSON.stringify(rows);
   return {
-    ...{ n, uid, prev, count: rows.length },
+    n,
+    uid,
+    prev,
+    count: rows.length,
     get rows() {
       return JSON.parse(text);
     },
@@ -2151,7 +2154,7 @@ async function deliverSealed(o: Settings, source: SourceSession, sink: AtomicSin
  *
  * @throws {TypeError} If calls cannot be claimed for want of a store, and duplicates are not allowed.
  * @throws {EffectError} `source_invalid`, `sink_invalid`, `diverged`, `cursor_lost`; `fenced` if another relay holds the
- * sink for as long as a lease while draining. The errors of the ends' own clients pass through.
+ * sink for as long as a lease while draining; `busy` if it is told to stop and the store or source stays busy. The errors of the ends' own clients pass through.
  */
 export async function relay(options: RelayOptions): Promise<RelayReport> {
   const { name = "default", from, to, store, drain = false, signal, lanes = 8, batch = 100 } = options;

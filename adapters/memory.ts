@@ -160,6 +160,13 @@ export function memoryStore(options: MemoryStoreOptions = {}): MemoryStore {
       memory.state = draft;
       return answer;
     });
+  function oldOf({ effects, outbox }: MemoryState, olderThanMs: number): readonly EffectRow[] {
+    const needed = new Set(outbox.values().map(({ id }) => id));
+    const until = memory.now() - olderThanMs;
+    return effects.values().filter(({ state, changedMs, key }) =>
+      (state === "done" || state === "rejected") && changedMs <= until && !needed.has(key)
+    ).toArray();
+  }
   function handle(draft: MemoryState): { readonly effects: EffectTransaction; readonly guard: TransactionGuard } {
     const mine = new Set<string>();
     const guard = createGuard();
@@ -234,20 +241,15 @@ export function memoryStore(options: MemoryStoreOptions = {}): MemoryStore {
       },
       prune: createPrune({
         old(after, { olderThanMs, limit }) {
-          const { effects, outbox } = memory.state;
-          const needed = new Set(outbox.values().map(({ id }) => id));
-          const until = memory.now() - olderThanMs;
-          const keys = effects.values().filter((row) =>
-            (row.state === "done" || row.state === "rejected") && row.changedMs <= until && !needed.has(row.key) &&
-            byKey(after, row) < 0
-          ).toArray().sort(byKey).slice(0, limit);
+          const old = oldOf(memory.state, olderThanMs);
+          const keys = old.filter((row) => byKey(after, row) < 0).sort(byKey).slice(0, limit);
           return Promise.resolve({ keys, last: keys[limit - 1] });
         },
         forget: (keys, { olderThanMs }) =>
-          transact(({ effects }) => {
+          transact((draft) => {
+            const old = new Set(oldOf(draft, olderThanMs).map(({ scope, key }) => joined(scope, key)));
             const ids = keys.map(({ scope, key }) => joined(scope, key));
-            const until = memory.now() - olderThanMs;
-            return ids.filter((id) => (effects.get(id)?.changedMs ?? Infinity) <= until && effects.delete(id)).length;
+            return ids.filter((id) => old.has(id) && draft.effects.delete(id)).length;
           }),
       }),
     }),
