@@ -112,6 +112,12 @@ export interface OpenSource extends OpenStorage {
   source(options?: OutboxOptions): Source;
   /** A source by another handle on the same storage, as another process has it. */
   again(options?: OutboxOptions): Source;
+  /**
+   * How many characters the id of a message may have.
+   *
+   * @default {1024} Bytes of UTF-8.
+   */
+  readonly longestId?: number;
   /** Puts messages in, in this order, by one transaction. */
   enqueue(...messages: readonly NewMessage[]): Promise<void>;
   /** Lets a parked or waiting message go, as an operator who sees all topics; false if there is none. */
@@ -1371,8 +1377,8 @@ export const sourceCases: readonly Case<SourceHarness>[] = [
     await session.settle([messages[1]!, messages[3]!, messages[4]!]);
     await reads(session, ["a1", "b1", "-2"], "the messages left");
   }),
-  sourceCase("read() gives a message as it was enqueued", async ({ source, enqueue }) => {
-    const id = `🧾 "1"' ${"x".repeat(1000)}`;
+  sourceCase("read() gives a message as it was enqueued", async ({ source, enqueue, longestId = 1024 }) => {
+    const id = `🧾 "1"' ${"x".repeat(longestId - 24)}`;
     await enqueue(
       {
         id,

@@ -1316,6 +1316,11 @@ export interface SourceSession {
   }>;
   /** Takes apart the batches that are not committed, and parks messages. Only while nothing is on its way. */
   unseal(ring: readonly Position[], parks: readonly Park[]): Promise<void>;
+  /**
+   * Resolves after `ms` milliseconds, at once when the signal fires, or when there may be new messages: for sources that are
+   * told of them. Never rejects.
+   */
+  wait?(ms: number, signal?: AbortSignal): Promise<void>;
   /** Tells the source that the relay is alive; called every third of `leaseMs`. */
   renew(): Promise<void>;
   /** The relay ends; `settled`: it leaves nothing behind, and another name may take over. */
@@ -1457,7 +1462,7 @@ export function guarantee(from: Source, to: Sink, store?: ClaimStore): Guarantee
       protocol: "sealed",
       reasons: [`${to.name} commits its position together with the records, and hands it back at the start`],
       conditions: [
-        "the source's commits are durable (for SQLite: synchronous=FULL)",
+        "the source's commits are durable (doctor looks)",
         "nobody but relays of this name writes the sink's position",
       ],
       stronger: [],
@@ -1476,7 +1481,7 @@ export function guarantee(from: Source, to: Sink, store?: ClaimStore): Guarantee
     };
   }
   const conditions = [
-    `the commits of ${store.name} are durable (for SQLite: synchronous=FULL)`,
+    `the commits of ${store.name} are durable (doctor looks)`,
     "claims are kept for longer than a message can come again",
   ];
   if (to.repeat === "same-key") {
@@ -1992,7 +1997,7 @@ async function deliverClaimed(
         else wakeAt = Math.min(wakeAt, lane.readyAt);
       }
     }
-    await runtime.sleep(wakeAt - now, bell.signal);
+    await (source.wait ?? runtime.sleep)(wakeAt - now, bell.signal);
   }
   o.signal?.removeEventListener("abort", wake);
   if (failure) throw failure.error;
@@ -2078,7 +2083,7 @@ async function deliverSealed(o: Settings, source: SourceSession, sink: AtomicSin
           if (!idle) o.emit({ type: "idle", relay });
           idle = true;
           fencedSince = undefined;
-          await runtime.sleep(Math.min(o.pollMs, sealed.waitMs ?? o.pollMs), o.signal);
+          await (source.wait ?? runtime.sleep)(Math.min(o.pollMs, sealed.waitMs ?? o.pollMs), o.signal);
         }
         sealed = await seal();
         fresh = true;

@@ -1,0 +1,78 @@
+/**
+ * Relays that share the messages of one outbox, in one process or in many.
+ *
+ * @module
+ */
+import { EffectError, realRuntime, relay, type RelayOptions, type RelayReport } from "../mod.ts";
+import type { ShardedOutbox } from "./sql.ts";
+export type { ShardedOutbox };
+
+/** How to relay the shards of an outbox. */
+export interface ShardsOptions extends Omit<RelayOptions, "from"> {
+  /** Where messages come from: an outbox of `postgresOutbox` or `mysqlOutbox`, with any number of shards. */
+  readonly from: ShardedOutbox;
+}
+
+/**
+ * As `relay`, for an outbox with shards: runs a relay for each shard that is this one's share. Relays of the same name, wherever
+ * they run, share the shards evenly, and take over those of one that stops or dies. Messages of one key stay in order.
+ *
+ * @throws {EffectError} As `relay`: the others are stopped first.
+ */
+export async function relayShards(options: ShardsOptions): Promise<RelayReport> {
+  const { from, name = "default", leaseMs = 30_000, drain = false, signal, runtime = realRuntime } = options;
+  if (await from.shards() === 1) return await relay(options);
+  const member = crypto.randomUUID();
+  const report = { delivered: 0, parked: 0, uncertain: 0 };
+  const running = new Map<number, { readonly stop: AbortController; readonly ended: Promise<void> }>();
+  const drained = new Set<number>();
+  let failure: { readonly error: unknown } | undefined;
+  let bell = new AbortController();
+  const over = () => signal?.aborted || failure !== undefined;
+
+  async function run(shard: number, stop: AbortController): Promise<void> {
+    try {
+      const part = await relay({ ...options, from: from.shard(shard, member), signal: stop.signal });
+      for (const what of ["delivered", "parked", "uncertain"] as const) report[what] += part[what];
+      if (drain && !stop.signal.aborted) drained.add(shard);
+    } catch (error) {
+      // Who was too slow has lost its shard to another one.
+      const lost = error instanceof Error && "code" in error && error.code === "fenced";
+      if (!lost) failure ??= { error };
+    } finally {
+      running.delete(shard);
+      bell.abort();
+    }
+  }
+
+  const ring = () => bell.abort();
+  signal?.addEventListener("abort", ring);
+  try {
+    for (;;) {
+      bell = new AbortController();
+      let mine: readonly number[] = [];
+      try {
+        mine = over() ? [] : await from.assign(name, member, leaseMs, [...running.keys()]);
+      } catch (error) {
+        if (!(error instanceof EffectError && error.code === "busy")) throw error;
+        mine = [...running.keys()]; // The database is away for a moment: as before.
+      }
+      for (const [shard, { stop }] of running) if (!mine.includes(shard)) stop.abort();
+      for (const shard of mine) {
+        if (running.has(shard) || drained.has(shard) || over()) continue;
+        const stop = new AbortController();
+        running.set(shard, { stop, ended: run(shard, stop) });
+      }
+      if (over()) break;
+      if (drain && running.size === 0 && mine.every((shard) => drained.has(shard))) break;
+      await runtime.sleep(Math.min(leaseMs / 3, 1_000), bell.signal);
+    }
+  } finally {
+    signal?.removeEventListener("abort", ring);
+    for (const { stop } of running.values()) stop.abort();
+    await Promise.all(Array.from(running.values(), ({ ended }) => ended));
+    await from.leave(name, member).catch(() => {}); // Its lease ends by itself.
+  }
+  if (failure) throw failure.error;
+  return report;
+}

@@ -1,0 +1,1470 @@
+/**
+ * The flow that stores and outboxes on SQL servers share; what differs between servers is in {@linkcode Dialect}. Internal:
+ * its shape may change with any version.
+ *
+ * @module
+ */
+import {
+  type Batch,
+  checkKey,
+  type Claim,
+  claimStore,
+  createMessage,
+  EffectError,
+  type EffectKey,
+  type EffectRow,
+  type EffectState,
+  type EffectStore,
+  type EffectTransaction,
+  encodeMessage,
+  encodeRequest,
+  encodeResult,
+  type Message,
+  type Outbox,
+  type OutboxMessage,
+  type Park,
+  type Position,
+  type Protocol,
+  type ReadLimits,
+  realRuntime,
+  type RunSql,
+  type Source,
+  type SourceOptions,
+  type SourceSession,
+  START,
+  transactionStep,
+} from "../mod.ts";
+import {
+  alreadyEnqueued,
+  chainText,
+  checkAdvance,
+  createGuard,
+  createPrune,
+  notClaimed,
+  type OutboxOptions,
+  overlapping,
+  settledShard,
+  settlePlan,
+  type Shard,
+  type TransactionGuard,
+} from "./shared.ts";
+
+// --------------------------------------------------------------------------------------------------------- what differs
+
+/** What is bound to a placeholder. */
+export type SqlValue = null | number | string | boolean | Uint8Array;
+
+/** A row as a driver gives it. */
+export type Row = Readonly<Record<string, unknown>>;
+
+/** Runs one statement with `?` as placeholders and `"name"` as quoted names. */
+export type Run = (sql: string, values?: readonly SqlValue[]) => Promise<readonly Row[]>;
+
+/** How a server says it. */
+export interface Dialect {
+  /** Its clock, in milliseconds since 1970. */
+  readonly clock: string;
+  /** A number, a UUID or a text as text. */
+  text(expression: string): string;
+  /** A time in ISO 8601, UTC. */
+  time(expression: string): string;
+  /** Bytes, or what is to be taken for them. */
+  bytes(expression: string, stored: "bytes" | "text"): string;
+  /** The placeholder of a JSON text. */
+  readonly json: string;
+  /** A part of an effect's key, or a relay's name, as it is bound. */
+  name(text: string): SqlValue;
+  /** @throws {RangeError} If the server's columns have no room for a message's id, topic or key. */
+  checkText(text: string): void;
+  /** The first byte of the MD5 of a text: the same in every database. */
+  bucket(expression: string): string;
+  /** Whether (`scope`, `key`) comes after two placeholders, and their values. */
+  after(key: EffectKey): { readonly condition: string; readonly values: readonly SqlValue[] };
+  /** The end of an INSERT of effects, some of which are there already: they are replaced. */
+  readonly replace: string;
+  /** The end of a SELECT that must see what is committed now, whatever the transaction's snapshot says. */
+  readonly latest: string;
+  /** Inserts rows; false if one is there already. The transaction goes on. */
+  insertNew(run: Run, sql: string, values: readonly SqlValue[], count: number): Promise<boolean>;
+  /** Inserts effects that are done, of distinct keys in order; answers which were not there. One or two statements. */
+  insertAbsent(
+    run: Run,
+    effects: string,
+    keys: readonly EffectKey[],
+    token: number,
+  ): Promise<readonly EffectKey[]>;
+}
+
+/** A transaction of this package's own, at READ COMMITTED. */
+export interface Transaction {
+  /** Runs a statement in it. */
+  readonly run: Run;
+  /** The database's clock, in milliseconds since 1970: also after a wait for a lock. */
+  now(): number;
+}
+
+/** A database server, as an adapter opens it. */
+export interface SqlServer<Client> {
+  /** A name for people, without secrets. */
+  readonly name: string;
+  /** How it says it. */
+  readonly dialect: Dialect;
+  /** Where the tables are. */
+  readonly tables: Tables;
+  /** Runs one statement, which commits by itself. */
+  readonly run: Run;
+  /** Runs in a transaction, with a first statement that may ride along with its beginning; again if the server ended it. */
+  write<T>(run: (transaction: Transaction) => Promise<T>, first?: Statement): Promise<T>;
+  /**
+   * Runs an application's function in a transaction. `commit` is awaited before it commits. Runs it again if the server ended
+   * it, or the outcome of its COMMIT is unknown and `again` says that it may.
+   */
+  transaction<T>(run: (sql: RunSql, client: Client) => Promise<T>, again: () => boolean): Promise<T>;
+  /** The statements of an application's open transaction. */
+  join(open: Client | RunSql): RunSql;
+  /** Whether an error is the server's own, or the connection's. */
+  isDatabaseFailure(error: unknown): boolean;
+  /** Tells of new messages until the signal fires; undefined where the server cannot. */
+  listen?(wake: () => void, signal: AbortSignal): void;
+}
+
+/** One statement and what is bound. */
+export interface Statement {
+  /** Its text. */
+  readonly sql: string;
+  /** What is bound. */
+  readonly values: readonly SqlValue[];
+}
+
+/** A transaction that lost against another one for a row that neither had: it runs again. */
+export class LostRace extends Error {}
+
+// --------------------------------------------------------------------------------------------------------------- tables
+
+/** Where the tables are, and how they are called. */
+export interface TableOptions {
+  /**
+   * The schema of the tables (on MySQL: the database).
+   *
+   * @default {undefined} The connection's own.
+   */
+  readonly schema?: string;
+  /**
+   * What the names of the tables begin with.
+   *
+   * @default {"effectonce_"}
+   */
+  readonly prefix?: string;
+  /** An outbox table that is there already. */
+  readonly outbox?: ExistingOutbox;
+}
+
+/** The columns of an outbox that is there already, such as Debezium's; columns that relays need are added to it. */
+export interface ExistingOutbox {
+  /** Its name, in the schema of the other tables. */
+  readonly table: string;
+  /**
+   * A column of unique numbers that grow.
+   *
+   * @default {"effectonce_seq"} One is added.
+   */
+  readonly seq?: string;
+  /**
+   * A column of unique ids.
+   *
+   * @default {"id"}
+   */
+  readonly id?: string;
+  /** The column of topics: Debezium's `aggregatetype`. */
+  readonly topic: string;
+  /** The column of ordering keys: Debezium's `aggregateid`. */
+  readonly key: string;
+  /** The column of values: Debezium's `payload`. */
+  readonly value: string;
+  /**
+   * How the value is stored.
+   *
+   * @default {"text"} JSON or text.
+   */
+  readonly stored?: "text" | "bytes";
+  /** A column of JSON objects of texts, if there is one. */
+  readonly headers?: string;
+  /** Columns that become headers, by the name of the header: `{ eventType: "type" }`. */
+  readonly headerColumns?: Readonly<Record<string, string>>;
+  /** The column of the time at which a message was enqueued, if there is one. */
+  readonly createdAt?: string;
+}
+
+/** The names of tables and columns, quoted. */
+export interface Tables {
+  /** The schema, if one was named. */
+  readonly schema: string | undefined;
+  /** What the names begin with. */
+  readonly prefix: string;
+  /** Versions and identity. */
+  readonly meta: string;
+  /** Messages. */
+  readonly outbox: string;
+  /** Effects. */
+  readonly effects: string;
+  /** Where relays stand. */
+  readonly shards: string;
+  /** What they sealed. */
+  readonly batches: string;
+  /** What sinks committed. */
+  readonly positions: string;
+  /** Who relays. */
+  readonly relays: string;
+  /** Who shares the shards of a relay. */
+  readonly members: string;
+  /** The outbox's columns. */
+  readonly columns: {
+    readonly seq: string;
+    readonly id: string;
+    readonly topic: string;
+    readonly key: string;
+    readonly value: string;
+    readonly headers: string | undefined;
+    readonly createdAt: string | undefined;
+    readonly state: string;
+    readonly untilMs: string;
+    readonly reason: string;
+  };
+  /** The outbox that is there already, if it is one. */
+  readonly existing: ExistingOutbox | undefined;
+}
+
+const quoted = (name: string): string => `"${name}"`;
+
+/** @throws {RangeError} If a name is none. */
+export function tablesOf({ schema, prefix = "effectonce_", outbox }: TableOptions): Tables {
+  const columns = outbox &&
+    [outbox.seq, outbox.id, outbox.topic, outbox.key, outbox.value, outbox.headers, outbox.createdAt];
+  const names = { schema, prefix, table: outbox?.table };
+  const headerColumns = Object.values(outbox?.headerColumns ?? {});
+  for (const name of [...Object.values(names), ...columns ?? [], ...headerColumns]) {
+    if (name === undefined || /^[A-Za-z_][A-Za-z0-9_$]{0,62}$/.test(name)) continue;
+    throw new RangeError(`Cannot use ${JSON.stringify(name)} as a name: it must be 1 to 63 letters, digits, _ and $`);
+  }
+  const table = (name: string) => (schema === undefined ? "" : `${quoted(schema)}.`) + quoted(name);
+  const own = (name: string) => outbox ? quoted(`effectonce_${name}`) : quoted(name);
+  const optional = (name: string | undefined) => name === undefined ? undefined : quoted(name);
+  return {
+    schema,
+    prefix,
+    meta: table(`${prefix}meta`),
+    outbox: table(outbox?.table ?? `${prefix}outbox`),
+    effects: table(`${prefix}effects`),
+    shards: table(`${prefix}shards`),
+    batches: table(`${prefix}batches`),
+    positions: table(`${prefix}positions`),
+    relays: table(`${prefix}relays`),
+    members: table(`${prefix}members`),
+    existing: outbox,
+    columns: {
+      seq: outbox?.seq ? quoted(outbox.seq) : own("seq"),
+      id: quoted(outbox?.id ?? "id"),
+      topic: quoted(outbox?.topic ?? "topic"),
+      key: quoted(outbox?.key ?? "key"),
+      value: quoted(outbox?.value ?? "value"),
+      headers: outbox ? optional(outbox.headers) : quoted("headers"),
+      createdAt: outbox ? optional(outbox.createdAt) : quoted("created_at"),
+      state: own("state"),
+      untilMs: own("until_ms"),
+      reason: own("reason"),
+    },
+  };
+}
+
+/**
+ * Sets how many shards an outbox has. Under the lock of the migration.
+ *
+ * @throws {RangeError} If it is not a whole number from 1 to 256.
+ * @throws {EffectError} `busy` while relays run, or have batches that are not known to be delivered.
+ */
+export async function setShards(name: string, tables: Tables, { run, now }: Transaction, count: number): Promise<void> {
+  if (!Number.isSafeInteger(count) || count < 1 || count > 256) {
+    throw new RangeError(`Cannot use ${count} shards: it must be a whole number from 1 to 256`);
+  }
+  const stored = await run(`select name, value from ${tables.meta} where name in ('shards', 'generation')`);
+  const of = (name: string) => stored.find((row) => textOf(row["name"]) === name)?.["value"];
+  if (count === Number(of("shards") === undefined ? 1 : textOf(of("shards")))) return;
+  const live = await run(`select relay from ${tables.relays} where until_ms > ? limit 1`, [Math.floor(now())]);
+  const sealed = await run(`select relay from ${tables.batches} limit 1`);
+  for (
+    const [rows, why] of [[live, "runs, or has died and is waited for"], [sealed, "has sealed batches to deliver"]] as const
+  ) {
+    if (rows.length === 0) continue;
+    const relay = textOf(rows[0]!["relay"]);
+    throw new EffectError("busy", `Cannot change the number of shards of ${name} to ${count}: relay "${relay}" ${why}`);
+  }
+  // Sinks know relays of another generation by other names: their positions begin anew.
+  const generation = Number(of("generation") === undefined ? 1 : textOf(of("generation"))) + 1;
+  await run(`delete from ${tables.shards}`);
+  await run(`delete from ${tables.members}`);
+  await run(`delete from ${tables.meta} where name in ('shards', 'generation')`);
+  await run(`insert into ${tables.meta} (name, value) values ('shards', ?), ('generation', ?)`, [
+    String(count),
+    String(generation),
+  ]);
+}
+
+/** Version of the tables that this package knows. */
+export const VERSION = 1;
+
+/** @throws {EffectError} `schema_missing`, `schema_newer` unless the tables are of the version that this package knows. */
+export function checkVersion(name: string, found: number): void {
+  if (found > VERSION) {
+    throw new EffectError(
+      "schema_newer",
+      `${name} has tables of version ${found}, this effectonce knows ${VERSION}: upgrade it`,
+    );
+  }
+  if (found < VERSION) {
+    throw new EffectError("schema_missing", `${name} has no effectonce tables of version ${VERSION}: run "init" first`);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------- waiting
+
+/** What came of an attempt at a transaction. */
+export interface Failures {
+  /** Whether the server ended it for another one's sake, or a lock did not come in time. */
+  isBusy(error: unknown): boolean;
+  /** Whether the connection broke, or none was to be had. */
+  isAway(error: unknown): boolean;
+}
+
+/**
+ * Runs it until the database is not busy; with pauses, and for so long.
+ *
+ * @throws {EffectError} `busy` if it is so for longer.
+ */
+export async function patiently<T>(
+  name: string,
+  waitMs: number,
+  { isBusy, isAway }: Failures,
+  run: () => Promise<T>,
+): Promise<T> {
+  const until = realRuntime.now() + waitMs;
+  for (let attempt = 1;; attempt++) {
+    try {
+      return await run();
+    } catch (error) {
+      const busy = error instanceof LostRace || isBusy(error);
+      if (!busy && !isAway(error)) throw error;
+      if (realRuntime.now() > until) {
+        const why = busy ? "has been busy with other transactions" : "could not be reached";
+        const message = `${name} ${why} for ${waitMs} ms: ${error instanceof Error ? error.message : error}`;
+        throw new EffectError("busy", message, { cause: error });
+      }
+      await realRuntime.sleep(realRuntime.random() * Math.min(500, 10 * 2 ** Math.min(attempt, 8)));
+    }
+  }
+}
+
+/** The sides of an error, as libraries wrap them. */
+export function* causesOf(error: unknown): Generator<Readonly<Record<string, unknown>>> {
+  // What this package says itself is not the server's.
+  for (let depth = 0; error instanceof Error && error.name !== "EffectError" && depth < 5; depth++, error = error.cause) {
+    yield error as unknown as Readonly<Record<string, unknown>>;
+  }
+}
+
+// --------------------------------------------------------------------------------------------------------------- effects
+
+const COLUMNS = ["scope", `"key"`, "state", "fence", "attempt", "generation", "until_ms", "first_ms", "doubt"].concat(
+  ["fingerprint", "request", "result", "result_omitted", "reason", "evidence", "changed_ms"],
+);
+/** The columns of an effect, but for its key. */
+export const EFFECT_COLUMNS: readonly string[] = COLUMNS.slice(2);
+/** How many positions are kept to repair a source that went back in time. */
+const RING = 100;
+/** Rows in one INSERT: drivers and servers bind at most 65,535 values. */
+const PORTION = 500;
+
+const decoder = new TextDecoder();
+/** A text, whichever way it is stored. */
+const textOf = (value: unknown): string => value instanceof Uint8Array ? decoder.decode(value) : String(value);
+const optionalText = (value: unknown): string | null => value === null ? null : textOf(value);
+/** A plain view, whatever the driver makes of bytes. */
+const bytesOf = (value: unknown): Uint8Array | null => {
+  const bytes = value as Uint8Array | null;
+  return bytes && new Uint8Array(bytes.buffer, bytes.byteOffset, bytes.byteLength);
+};
+const numberOrNull = (value: unknown): number | null => value === null ? null : Number(value);
+/** A truth value, as PostgreSQL and MySQL give it. */
+const isTrue = (value: unknown): boolean => Number(value) === 1;
+
+function toEffect(row: Row): EffectRow {
+  return {
+    scope: textOf(row["scope"]),
+    key: textOf(row["key"]),
+    state: textOf(row["state"]) as EffectState,
+    fence: Number(row["fence"]),
+    attempt: Number(row["attempt"]),
+    generation: Number(row["generation"]),
+    untilMs: Number(row["until_ms"]),
+    firstMs: numberOrNull(row["first_ms"]),
+    doubt: isTrue(row["doubt"]),
+    fingerprint: optionalText(row["fingerprint"]),
+    request: bytesOf(row["request"]),
+    result: optionalText(row["result"]),
+    resultOmitted: isTrue(row["result_omitted"]),
+    reason: optionalText(row["reason"]),
+    evidence: optionalText(row["evidence"]),
+    changedMs: Number(row["changed_ms"]),
+  };
+}
+
+function fromEffect(row: EffectRow, { name }: Dialect): SqlValue[] {
+  const { state, fence, attempt, generation, untilMs, firstMs, doubt, fingerprint, request, result, reason } = row;
+  const start = [name(row.scope), name(row.key), state, fence, attempt, generation, untilMs, firstMs, doubt, fingerprint];
+  return [...start, request, result, row.resultOmitted, reason, row.evidence, row.changedMs];
+}
+
+const toPosition = (row: Row): Position => ({
+  n: Number(row["n"]),
+  uid: textOf(row["uid"]),
+  prev: textOf(row["prev"]),
+  rows: JSON.parse(textOf(row["rows"])),
+});
+
+const list = (count: number, one = "?"): string => Array(count).fill(one).join(", ");
+const rowsOf = (count: number, columns: number): string => list(count, `(${list(columns)})`);
+const joined = ({ scope, key }: EffectKey): string => `${scope}\0${key}`;
+const byText = (a: string, b: string): number => a < b ? -1 : a > b ? 1 : 0;
+
+/** Each once, in an order that all have: who locks in order never waits in a circle. */
+function distinct(keys: readonly EffectKey[]): EffectKey[] {
+  const known = new Map(keys.map((key) => [joined(key), key]));
+  return [...known].sort(([a], [b]) => byText(a, b)).map(([, key]) => key);
+}
+
+function* portions<T>(all: readonly T[], size = PORTION): Generator<readonly T[]> {
+  for (let i = 0; i < all.length; i += size) yield all.slice(i, i + size);
+}
+
+/** A number that no other transaction has: 53 bits. */
+function randomToken(): number {
+  const [high, low] = crypto.getRandomValues(new Uint32Array(2));
+  return high! % 2 ** 21 * 2 ** 32 + low!;
+}
+
+/** What the attempts at one transaction have in common. */
+interface Attempts {
+  /** Tokens of the attempts before, whose COMMIT may have arrived. */
+  readonly before: Set<number>;
+  /** Those of the present one. */
+  readonly mine: Set<number>;
+}
+
+/** An earlier attempt at this transaction has committed. */
+class CommittedBefore extends Error {}
+
+const CLAIMED = { state: "claimed", fence: 1, attempt: 1, generation: 1, request: null } as const;
+
+/** A condition that holds for these keys, and its values. */
+function anyOf(keys: readonly EffectKey[], { name }: Dialect): Statement {
+  return {
+    sql: `(${keys.map(() => `scope = ? and "key" = ?`).join(" or ")})`,
+    values: keys.flatMap(({ scope, key }) => [name(scope), name(key)]),
+  };
+}
+
+function handle(
+  { dialect, tables }: Pick<SqlServer<unknown>, "dialect" | "tables">,
+  sql: Run,
+  attempts: Attempts = { before: new Set(), mine: new Set() },
+): { readonly effects: EffectTransaction; readonly guard: TransactionGuard } {
+  const { clock, name, latest } = dialect;
+  const { effects: table, columns: c } = tables;
+  const guard = createGuard();
+  const claimed = new Set<string>();
+  const insertOne = `insert into ${table} (scope, "key", fingerprint, request, token, changed_ms)
+    values (?, ?, ?, ?, ?, ${clock})`;
+  const select = `select ${COLUMNS.join(", ")}, token, ${clock} as now_ms from ${table} where `;
+
+  /** What claims answer about rows that are there, in the order of the keys. */
+  async function standing(keys: readonly EffectKey[], request: EncodedRequest): Promise<readonly Claim[]> {
+    const stored = new Map<string, Row>();
+    const read = async (some: readonly EffectKey[], end: string) => {
+      const { sql: condition, values } = anyOf(some, dialect);
+      for (const row of await sql(select + condition + end, values)) stored.set(joined(toEffect(row)), row);
+    };
+    for (const portion of portions(distinct(keys))) await read(portion, latest);
+    const step = (key: EffectKey) => {
+      const row = stored.get(joined(key));
+      if (!row) throw new LostRace("an effect was pruned while it was being claimed");
+      if (row["token"] !== null && attempts.before.has(Number(row["token"]))) throw new CommittedBefore();
+      return transactionStep(key, request.fingerprint, request.bytes)(toEffect(row), Number(row["now_ms"]));
+    };
+    const claims: Claim[] = [];
+    for (const key of keys) {
+      if (step(key).write) await read([key], " for update"); // To be written: under its lock.
+      const { write, answer } = step(key);
+      claims.push(answer);
+      if (!write) continue;
+      const token = randomToken();
+      const set = EFFECT_COLUMNS.map((column) => `${column} = ?`).join(", ");
+      const [scope, text, ...fields] = fromEffect(write, dialect);
+      await sql(`update ${table} set ${set}, token = ? where scope = ? and "key" = ?`, [...fields, token, scope!, text!]);
+      attempts.mine.add(token);
+      claimed.add(joined(key));
+      await read([key], ""); // Who claims it once more in this transaction is told that it is done.
+    }
+    return claims;
+  }
+  return {
+    guard,
+    effects: {
+      claim: (key, { request } = {}) =>
+        guard.run(async (): Promise<Claim> => {
+          checkKey(key);
+          const encoded = request === undefined ? NO_REQUEST : await encodeRequest(request);
+          const token = randomToken();
+          const values = [name(key.scope), name(key.key), encoded.fingerprint, encoded.bytes, token];
+          if (!await dialect.insertNew(sql, insertOne, values, 1)) return (await standing([key], encoded))[0]!;
+          attempts.mine.add(token);
+          claimed.add(joined(key));
+          return { ...CLAIMED, request: encoded.bytes };
+        }),
+      claimAll: (keys) =>
+        guard.run(async () => {
+          for (const key of keys) checkKey(key);
+          const fresh = new Set<string>();
+          for (const portion of portions(distinct(keys))) {
+            const token = randomToken();
+            const inserted = await dialect.insertAbsent(sql, table, portion, token);
+            for (const key of inserted) fresh.add(joined(key));
+            if (inserted.length > 0) attempts.mine.add(token);
+          }
+          for (const key of fresh) claimed.add(key);
+          // A key that comes twice is claimed once: its second answer is read.
+          const first = keys.map((key) => fresh.delete(joined(key)));
+          const others = first.every(Boolean) ? [] : await standing(keys.filter((_, i) => !first[i]), NO_REQUEST);
+          let next = 0;
+          return first.map((mine) => mine ? CLAIMED : others[next++]!);
+        }),
+      complete: (key, result) =>
+        guard.run(async () => {
+          if (!claimed.has(joined(key))) throw notClaimed(key);
+          const { text, omitted } = encodeResult(result);
+          const update = `update ${table} set result = ?, result_omitted = ? where scope = ? and "key" = ?`;
+          await sql(update, [text, omitted, name(key.scope), name(key.key)]);
+        }),
+      enqueue: (...messages) =>
+        guard.run(async () => {
+          if (tables.existing) {
+            throw new TypeError(
+              `Cannot enqueue into ${tables.outbox}: it is not effectonce's own table, use your own INSERT`,
+            );
+          }
+          const row = `(?, ?, ?, ?, ${dialect.json})`;
+          const insert = `insert into ${tables.outbox} (id, topic, "key", value, headers) values `;
+          for (const portion of portions(messages.map((message) => encodeMessage(message)))) {
+            const values = portion.flatMap(({ id, topic, key, value, headers }) => {
+              for (const text of [id, topic, key ?? ""]) dialect.checkText(text);
+              return [id, topic, key, value, JSON.stringify(headers)];
+            });
+            if (await dialect.insertNew(sql, insert + list(portion.length, row), values, portion.length)) continue;
+            const ids = portion.map(({ id }) => id);
+            const twice = ids.find((id, i) => ids.indexOf(id) < i);
+            if (twice !== undefined) throw alreadyEnqueued(twice);
+            const known = `select ${c.id} as id from ${tables.outbox} where ${c.id} in (${list(ids.length)})${latest}`;
+            const there = new Set((await sql(known, ids)).map((row) => textOf(row["id"])));
+            throw alreadyEnqueued(ids.find((id) => there.has(id)) ?? ids[0]!);
+          }
+        }),
+      advance: ({ relay, source }, { n, uid, prev, rows }) =>
+        guard.run(async () => {
+          const owner = [name(relay), name(source)];
+          const last = `select n, uid, prev, "rows" from ${tables.positions} where relay = ? and source = ?
+            order by n desc limit 1`;
+          const [stored] = await sql(last, owner);
+          const next = { n, uid, prev, rows };
+          checkAdvance(stored ? toPosition(stored) : START, next);
+          const insert = `insert into ${tables.positions} (relay, source, n, uid, prev, "rows") values (?, ?, ?, ?, ?, ?)`;
+          if (!await dialect.insertNew(sql, insert, [...owner, n, uid, prev, JSON.stringify(rows)], 1)) {
+            throw new EffectError("fenced", `Cannot commit batch ${n}: another owner has committed one meanwhile`);
+          }
+          if (n <= RING) return;
+          await sql(`delete from ${tables.positions} where relay = ? and source = ? and n <= ?`, [...owner, n - RING]);
+        }),
+    },
+  };
+}
+type EncodedRequest = Awaited<ReturnType<typeof encodeRequest>>;
+const NO_REQUEST: EncodedRequest = { bytes: null, fingerprint: null };
+
+/** Claims and positions on a server. */
+export function sqlStore<Client>(server: SqlServer<Client>): EffectStore<Client> {
+  const { name, dialect, tables, run, write } = server;
+  const { effects: table } = tables;
+  const columns = COLUMNS.join(", ");
+  return {
+    ...claimStore({
+      name,
+      change: (steps) =>
+        write(async (transaction) => {
+          const found = new Map<string, EffectRow>();
+          for (const portion of portions(distinct(steps.map(({ key }) => key)))) {
+            const { sql: condition, values } = anyOf(portion, dialect);
+            const select = `select ${columns} from ${table} where ${condition} order by scope, "key" for update`;
+            for (const stored of await transaction.run(select, values)) {
+              const row = toEffect(stored);
+              found.set(joined(row), row);
+            }
+          }
+          const now = Math.floor(transaction.now());
+          const [inserts, updates] = [new Map<string, EffectRow>(), new Map<string, EffectRow>()];
+          const known = new Set(found.keys());
+          const answers = steps.map(({ key, step }) => {
+            const id = joined(key);
+            const { write, answer } = step(found.get(id), now);
+            if (write) {
+              found.set(id, write);
+              (known.has(id) ? updates : inserts).set(id, write);
+            }
+            return answer;
+          });
+          for (const [rows, isNew] of [[inserts, true], [updates, false]] as const) {
+            for (const portion of portions(distinct([...rows.values()]))) {
+              const values = portion.flatMap((key) => fromEffect(rows.get(joined(key))!, dialect));
+              const insert = `insert into ${table} (${columns}) values ${rowsOf(portion.length, COLUMNS.length)}`;
+              if (!isNew) await transaction.run(insert + dialect.replace, values);
+              else if (!await dialect.insertNew(transaction.run, insert, values, portion.length)) {
+                throw new LostRace("another caller has claimed one of these effects");
+              }
+            }
+          }
+          return answers;
+        }),
+      async list({ state, scope, key, limit, after }) {
+        const conditions: string[] = [];
+        const values: SqlValue[] = [];
+        const where = (condition: string, ...given: readonly SqlValue[]) => {
+          conditions.push(condition);
+          values.push(...given);
+        };
+        if (state !== undefined) where(state === "done" ? "state = ?" : "state <> 'done' and state = ?", state);
+        if (scope !== undefined) where("scope = ?", dialect.name(scope));
+        if (key !== undefined) where(`"key" = ?`, dialect.name(key));
+        if (after !== undefined) {
+          const behind = dialect.after(after);
+          where(behind.condition, ...behind.values);
+        }
+        const all = conditions.length > 0 ? ` where ${conditions.join(" and ")}` : "";
+        const sql = `select ${columns} from ${table}${all} order by scope, "key" limit ${limit}`;
+        return (await run(sql, values)).map(toEffect);
+      },
+      async count(scope) {
+        const counts: Record<EffectState, number> = { claimed: 0, waiting: 0, done: 0, rejected: 0, uncertain: 0 };
+        const mine = scope === undefined ? "" : " where scope = ?";
+        const sql = `select state, count(*) as n from ${table}${mine} group by state`;
+        for (const row of await run(sql, scope === undefined ? [] : [dialect.name(scope)])) {
+          counts[textOf(row["state"]) as EffectState] = Number(row["n"]);
+        }
+        return counts;
+      },
+      prune: createPrune({
+        async old(after, { olderThanMs, limit }) {
+          const behind = dialect.after(after);
+          const sql = `select scope, "key", case when state in ('done', 'rejected') and changed_ms <= ${dialect.clock} - ?
+            then 1 else 0 end as old from ${table} where ${behind.condition} order by scope, "key" limit ${limit}`;
+          const rows = await run(sql, [olderThanMs, ...behind.values]);
+          const keys = rows.map((row) => ({
+            scope: textOf(row["scope"]),
+            key: textOf(row["key"]),
+            old: isTrue(row["old"]),
+          }));
+          const needed = await stillInOutbox(run, keys.filter(({ old }) => old));
+          const old = keys.filter(({ old, key }) => old && !needed.has(key)).map(({ scope, key }) => ({ scope, key }));
+          const last = keys.length === limit ? keys.at(-1) : undefined;
+          return { keys: old, last: last && { scope: last.scope, key: last.key } };
+        },
+        forget: (keys, { olderThanMs }) =>
+          write(async (transaction) => {
+            let forgotten = 0;
+            for (const portion of portions(distinct(keys))) {
+              const { sql: condition, values } = anyOf(portion, dialect);
+              // Looks again: nothing else locks an effect that ended long ago, and who does not get one leaves it for later.
+              const select = `select scope, "key" from ${table} where ${condition} and state in ('done', 'rejected')
+                and changed_ms <= ${dialect.clock} - ? for update skip locked`;
+              const old = (await transaction.run(select, [...values, olderThanMs]))
+                .map((row) => ({ scope: textOf(row["scope"]), key: textOf(row["key"]) }));
+              const needed = await stillInOutbox(transaction.run, old);
+              const mine = anyOf(old.filter(({ key }) => !needed.has(key)), dialect);
+              if (mine.values.length === 0) continue;
+              await transaction.run(`delete from ${table} where ${mine.sql}`, mine.values);
+              forgotten += mine.values.length / 2;
+            }
+            return forgotten;
+          }),
+      }),
+    }),
+    async transaction(run) {
+      const attempts: Attempts = { before: new Set(), mine: new Set() };
+      let answer: { readonly value: Awaited<ReturnType<typeof run>> } | undefined;
+      try {
+        return await server.transaction(async (sql, client) => {
+          for (const token of attempts.mine) attempts.before.add(token);
+          attempts.mine.clear();
+          const { effects, guard } = handle(server, sql as Run, attempts);
+          const value = await run(effects, client);
+          guard.check();
+          answer = { value };
+          return value;
+        }, () => attempts.mine.size > 0);
+      } catch (error) {
+        // The answer to an earlier COMMIT was lost on its way: its claim is there, so all of it is.
+        if (error instanceof CommittedBefore && answer) return answer.value;
+        throw error;
+      }
+    },
+    join: (open) => handle(server, server.join(open) as Run).effects,
+    async positions({ relay, source }) {
+      const sql = `select n, uid, prev, "rows" from ${tables.positions} where relay = ? and source = ? order by n`;
+      return (await run(sql, [dialect.name(relay), dialect.name(source)])).map(toPosition);
+    },
+    isDatabaseFailure: (error) => server.isDatabaseFailure(error),
+  };
+
+  /** A key whose message is still in the outbox would be a new key. */
+  async function stillInOutbox(run: Run, keys: readonly EffectKey[]): Promise<Set<string>> {
+    const { id: column, state } = tables.columns;
+    const id = tables.existing ? dialect.text(column) : column; // A key need not be a UUID, as ids there may be.
+    const needed = new Set<string>();
+    for (const portion of portions(keys)) {
+      const sql = `select ${id} as id from ${tables.outbox} where ${id} in (${list(portion.length)})
+        and ${state} <> 'delivered'`;
+      for (const row of await run(sql, portion.map(({ key }) => key))) needed.add(textOf(row["id"]));
+    }
+    return needed;
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------- outbox
+
+/** What of an outbox to read, and how. */
+export interface SqlOutboxOptions extends OutboxOptions {
+  /**
+   * Keep delivered rows, marked, until they are pruned.
+   *
+   * @default {false} They are deleted.
+   */
+  readonly keep?: boolean;
+}
+
+const literal = (text: string): string => `'${text.replaceAll("'", "''")}'`;
+const HELD = ["waiting", "parked", "blocked"] as const;
+const inList = (texts: readonly string[]): string => texts.map(literal).join(", ");
+/** Numbers of rows, which come from the database or from JSON: as literals, since there may be thousands. */
+const numbers = (seqs: readonly string[]): string => {
+  if (!seqs.every((seq) => /^\d+$/.test(seq))) throw new EffectError("source_invalid", "A batch has rows without numbers");
+  return seqs.join(", ");
+};
+
+/** An outbox whose messages are shared out, by their keys, over relays that run at the same time. */
+export interface ShardedOutbox extends Outbox {
+  /** How many shards it has. */
+  shards(): Promise<number>;
+  /** One of them, from 0, for the member that holds it. */
+  shard(shard: number, member: string): Source;
+  /**
+   * Says that a member of a relay is alive, and answers which shards it shall run: as many as its share. It gives up those
+   * that it holds, is not to run any more, and does not run any more.
+   *
+   * @param running Those that it still runs.
+   */
+  assign(relay: string, member: string, leaseMs: number, running: readonly number[]): Promise<readonly number[]>;
+  /** The member has stopped: its shards are free. */
+  leave(relay: string, member: string): Promise<void>;
+}
+
+/** A session's part of the outbox. */
+interface Part {
+  readonly shard: number;
+  /** Whoever holds the shard; undefined where there is one only. */
+  readonly member: string | undefined;
+}
+
+interface StoredRelay {
+  readonly instance: string;
+  readonly relay: string;
+  readonly protocol: Protocol;
+  readonly topics: readonly string[] | null;
+  readonly untilMs: number;
+}
+
+interface Pending {
+  readonly seq: string;
+  readonly bytes: number;
+  readonly behind: boolean;
+  readonly message: Message;
+}
+
+/** The outbox of a server as a source, for the relays and for operators. */
+export function sqlOutbox(server: SqlServer<never>, options: SqlOutboxOptions = {}): ShardedOutbox {
+  const { name, dialect, tables, run, write, listen } = server;
+  const { clock } = dialect;
+  const { outbox, columns: c } = tables;
+  const { keep = false } = options;
+  const topics = options.topics && [...new Set(options.topics)];
+  if (topics?.length === 0) throw new RangeError("Cannot read no topics: name one at least, or leave them out for all");
+  for (const topic of topics ?? []) {
+    if (/[\0\\]/.test(topic)) throw new RangeError(`Cannot read topic ${JSON.stringify(topic)}: no topic has such a name`);
+  }
+  const among = (topics: readonly string[] | null | undefined, of = ""): string =>
+    topics ? ` and ${of}${c.topic} in (${inList(topics)})` : "";
+  const mine = among(topics);
+  const idText = tables.existing ? dialect.text(c.id) : c.id;
+  const headersOf = Object.entries(tables.existing?.headerColumns ?? {});
+  const valueOf = (alias: string) =>
+    dialect.bytes(`${alias}.${c.value}`, tables.existing ? tables.existing.stored ?? "text" : "bytes");
+  const messageColumns = [
+    `${dialect.text(`o.${c.seq}`)} as seq`,
+    `${tables.existing ? dialect.text(`o.${c.id}`) : `o.${c.id}`} as id`,
+    `${tables.existing ? dialect.text(`o.${c.topic}`) : `o.${c.topic}`} as topic`,
+    `${tables.existing ? dialect.text(`o.${c.key}`) : `o.${c.key}`} as message_key`,
+    `${valueOf("o")} as value`,
+    `${c.headers ? dialect.text(`o.${c.headers}`) : "'{}'"} as headers`,
+    `${c.createdAt ? dialect.time(`o.${c.createdAt}`) : "null"} as created_at`,
+    ...headersOf.map(([, column], i) => `${dialect.text(`o."${column}"`)} as header_${i}`),
+  ].join(", ");
+
+  function toMessage(row: Row): Message {
+    const headers: Record<string, string> = {};
+    for (const [header, value] of Object.entries(JSON.parse(textOf(row["headers"])))) {
+      headers[header] = typeof value === "string" ? value : JSON.stringify(value);
+    }
+    headersOf.forEach(([header], i) => {
+      const value = row[`header_${i}`];
+      if (value !== null && value !== undefined) headers[header] = textOf(value);
+    });
+    return createMessage({
+      id: textOf(row["id"]),
+      topic: textOf(row["topic"]),
+      key: optionalText(row["message_key"]),
+      value: bytesOf(row["value"]),
+      headers,
+      time: row["created_at"] === null ? new Date(NaN) : new Date(textOf(row["created_at"])),
+    });
+  }
+
+  /** Whether a message of the same key in one of these states comes before `o`. */
+  function behind(states: readonly string[]): string {
+    const before = states.map((state) =>
+      `exists (select 1 from ${outbox} h where h.${c.key} = o.${c.key} and h.${c.seq} < o.${c.seq}
+        and h.${c.state} = '${state}'${among(topics, "h.")})`
+    );
+    return `(o.${c.key} is not null and (${before.join(" or ")}))`;
+  }
+  /** The first pending rows of these topics, in order, by one search of an index for each topic. */
+  function pending(states: readonly string[], { rows, bytes }: ReadLimits, extra: string): string {
+    const limit = Math.max(rows, 1);
+    const some = (topic: string) =>
+      `select o.${c.seq} as place from ${outbox} o where o.${c.state} = 'pending'${extra}${topic}
+        order by o.${c.seq} limit ${limit}`;
+    const first = topics
+      ? `select place from (${
+        topics.map((topic) => `(${some(` and o.${c.topic} = ${literal(topic)}`)})`).join(" union all ")
+      }) t order by place limit ${limit}`
+      : some("");
+    // What is beyond the bytes stays where it is: only sizes are read of it.
+    const size = `coalesce(octet_length(${valueOf("v")}), 0)`;
+    const sized = `select p.place, ${size} as bytes, sum(${size}) over (order by p.place) as upto
+      from (${first}) p join ${outbox} v on v.${c.seq} = p.place`;
+    return `select ${messageColumns}, o.${c.seq} as place, s.bytes, case when ${behind(states)} then 1 else 0 end as behind
+      from (${sized}) s join ${outbox} o on o.${c.seq} = s.place where s.upto - s.bytes <= ${bytes}`;
+  }
+  function toPending(row: Row): Pending {
+    return {
+      seq: textOf(row["seq"]),
+      bytes: Number(row["bytes"]),
+      behind: isTrue(row["behind"]),
+      message: toMessage(row),
+    };
+  }
+  /** Without those that are behind, and within the bytes. */
+  function within(all: readonly Pending[], bytes: number): { readonly found: Pending[]; readonly behind: string[] } {
+    const found: Pending[] = [];
+    const behind: string[] = [];
+    let size = 0;
+    for (const row of all) {
+      if (row.behind) behind.push(row.seq);
+      else if (behind.length === 0) { // Those after it are read again once it is marked.
+        size += row.bytes;
+        if (size > bytes && found.length > 0) break;
+        found.push(row);
+      }
+    }
+    return { found, behind };
+  }
+  const toWait = (row: Row): number | null => row["wait_ms"] === null ? null : Number(row["wait_ms"]);
+
+  /** Frees what was held back behind messages of these keys, as far as nothing else of the key is in the way. */
+  async function unblock({ run }: Transaction, keys: readonly (string | null)[], onPark: "block" | "skip"): Promise<void> {
+    const all = [...new Set(keys)].filter((key) => key !== null);
+    const states = onPark === "block" ? ["waiting", "parked"] : ["waiting"];
+    for (const portion of portions(all)) {
+      const some = await run(
+        `select distinct ${c.key} as message_key from ${outbox}
+          where ${c.state} = 'blocked' and ${c.key} in (${list(portion.length)})${mine}`,
+        portion,
+      );
+      for (const row of some) {
+        const key = textOf(row["message_key"]);
+        const before = `select min(${c.seq}) from ${outbox} where ${c.key} = ? and ${c.state} in (${inList(states)})${mine}`;
+        // In portions: each settled message of the key calls this again.
+        const next = await run(
+          `select ${dialect.text(c.seq)} as seq from ${outbox} where ${c.state} = 'blocked' and ${c.key} = ?${mine}
+            and ${c.seq} < coalesce((${before}), 9223372036854775807) order by ${c.seq} limit 100`,
+          [key, key],
+        );
+        await mark({ run }, next.map((row) => textOf(row["seq"])), "blocked", "pending");
+      }
+    }
+  }
+  async function mark({ run }: Pick<Transaction, "run">, seqs: readonly string[], from: string, to: string): Promise<void> {
+    for (const portion of portions(seqs)) {
+      const rows = `${c.seq} in (${numbers(portion)}) and ${c.state} = '${from}'`;
+      await run(`update ${outbox} set ${c.state} = '${to}' where ${rows}`);
+    }
+  }
+  /** Frees what is held back behind rows that a person deleted, or that this relay lets pass. */
+  async function freeStranded(transaction: Transaction, onPark: "block" | "skip"): Promise<void> {
+    for (let key = "";;) {
+      const [next] = await transaction.run(
+        `select min(${c.key}) as message_key from ${outbox} where ${c.state} = 'blocked' and ${c.key} > ?${mine}`,
+        [key],
+      );
+      if (!next || next["message_key"] === null) return;
+      key = textOf(next["message_key"]);
+      await unblock(transaction, [key], onPark);
+    }
+  }
+  async function setAside(transaction: Transaction, parks: readonly Park[], onPark: "block" | "skip"): Promise<void> {
+    for (const { message, reason, retryMs } of parks) {
+      const state = retryMs === null ? "parked" : "waiting";
+      await transaction.run(
+        `update ${outbox} set ${c.state} = ?, ${c.untilMs} = ?, ${c.reason} = ?
+          where ${c.id} = ? and ${c.state} <> 'delivered'`,
+        [state, Math.floor(transaction.now()) + (retryMs ?? 0), reason, message.id],
+      );
+      if (state === "parked" && onPark === "skip") await unblock(transaction, [message.key], onPark);
+    }
+  }
+  /** Those of the conditions are delivered. */
+  async function remove({ run, now }: Transaction, condition: string, values: readonly SqlValue[]): Promise<void> {
+    if (!keep) await run(`delete from ${outbox} where ${condition}`, values);
+    else {
+      await run(
+        `update ${outbox} set ${c.state} = 'delivered', ${c.untilMs} = ?
+        where ${condition} and ${c.state} <> 'delivered'`,
+        [Math.floor(now()), ...values],
+      );
+    }
+  }
+
+  async function registrations({ run }: Pick<Transaction, "run">): Promise<readonly StoredRelay[]> {
+    const rows = await run(
+      `select instance, relay, protocol, topics, until_ms from ${tables.relays} order by relay, until_ms`,
+    );
+    return rows.map((row) => {
+      const topics = optionalText(row["topics"]);
+      return {
+        instance: textOf(row["instance"]),
+        relay: textOf(row["relay"]),
+        protocol: textOf(row["protocol"]) as Protocol,
+        topics: topics === null ? null : JSON.parse(topics),
+        untilMs: Number(row["until_ms"]),
+      };
+    });
+  }
+  /** Whether messages or batches are there that a relay may have had in hand when it ended. */
+  async function leaves({ run }: Pick<Transaction, "run">, { relay, protocol, topics }: StoredRelay): Promise<boolean> {
+    if (protocol === "plain") return false;
+    const theirs = among(topics);
+    for (const state of ["pending", ...HELD]) {
+      const found = await run(`select 1 as found from ${outbox} where ${c.state} = '${state}'${theirs} limit 1`);
+      if (found.length > 0) return true;
+    }
+    return await hasBatches({ run }, relay);
+  }
+  async function hasBatches({ run }: Pick<Transaction, "run">, relay: string): Promise<boolean> {
+    const sql = `select 1 as found from ${tables.batches} where relay = ? limit 1`;
+    return (await run(sql, [dialect.name(relay)])).length > 0;
+  }
+  /** Whoever registers, or takes shards, one after the other. */
+  const LOCK_META = { sql: `select value from ${tables.meta} where name = 'outbox_id' for update`, values: [] };
+  /** Locks what sessions and operators change messages under. */
+  const LOCK_ALL = { sql: `select relay from ${tables.shards} order by relay, shard for update`, values: [] };
+
+  /** How many shards there are, and how often that has changed. */
+  async function readShards(
+    { run }: Pick<Transaction, "run">,
+  ): Promise<{ readonly count: number; readonly generation: number }> {
+    const rows = await run(`select name, value from ${tables.meta} where name in ('shards', 'generation')`);
+    const of = (name: string) => {
+      const row = rows.find((row) => textOf(row["name"]) === name);
+      return row ? Number(textOf(row["value"])) : 1;
+    };
+    return { count: of("shards"), generation: of("generation") };
+  }
+  const noSuchShard = (shard: number, count: number) =>
+    new EffectError("source_invalid", `${name} has ${count} shard${count === 1 ? "" : "s"}, and none of number ${shard}`);
+
+  async function openSession({ relay, protocol, onPark, leaseMs }: SourceOptions, { shard, member }: Part) {
+    await checkSchema();
+    const { count, generation } = await readShards({ run });
+    if (member === undefined && count > 1) {
+      throw new EffectError("source_invalid", `${name} has ${count} shards: relay it by relayShards(), or the command line`);
+    }
+    if (shard >= count) throw noSuchShard(shard, count);
+    const [low, high] = [shard, shard + 1].map((n) => Math.floor(n * 256 / count));
+    /** The messages of this shard. */
+    const only = count === 1
+      ? ""
+      : ` and case when o.${c.key} is null then mod(o.${c.seq}, 256) else ${dialect.bucket(`o.${c.key}`)} end
+        between ${low} and ${high! - 1}`;
+    const waitMs = `(select min(o.${c.untilMs}) from ${outbox} o where o.${c.state} = 'waiting'${
+      among(topics, "o.")
+    }${only}) - ${clock}`;
+    const shardRow = `relay = ? and shard = ${shard}`;
+    const instance = crypto.randomUUID();
+    const held = onPark === "block" ? HELD : ["waiting", "blocked"] as const;
+    const owner = [dialect.name(relay)];
+    const cache = new Map<string, Batch>();
+    const seqs = new WeakMap<Message, string>();
+    const lock = { sql: `select relay from ${tables.shards} where ${shardRow} for update`, values: owner };
+    const registered = `exists (select 1 from ${tables.relays} where instance = '${instance}')`;
+    /** Who has lost the shard, or finds other shards than it knows. */
+    const overtaken = () => new EffectError("fenced", `Shard ${shard} of ${name} is another relay's now`);
+    const current = `coalesce((select value from ${tables.meta} where name = 'generation'), '1') = '${generation}'`;
+    const holds = member === undefined ? current : `(${current} and exists (select 1 from ${tables.shards}
+      where ${shardRow} and member = '${member}'))`;
+    const holder = member === undefined ? [] : owner;
+
+    async function register(transaction: Transaction): Promise<{ readonly id: string; readonly inherited: boolean }> {
+      const { run, now } = transaction;
+      let inherited = false;
+      for (const other of await registrations(transaction)) {
+        const theirs = other.topics;
+        if (topics && theirs && !theirs.some((topic) => topics.includes(topic))) continue;
+        const ended = other.untilMs <= now();
+        const leavesNothing = ended && !await leaves(transaction, other);
+        if (!leavesNothing) {
+          if (other.relay !== relay) throw overlapping(name, other.relay, relay, topics);
+          if (other.protocol !== protocol) {
+            throw new EffectError(
+              "source_invalid",
+              `Relay "${relay}" of ${name} has messages under way by the ${other.protocol} protocol, this sink needs the ` +
+                `${protocol} one: let it finish with its own sink first`,
+            );
+          }
+        }
+        if (!ended) continue;
+        inherited ||= !leavesNothing;
+        const covered = !topics || theirs?.every((topic) => topics.includes(topic));
+        if (leavesNothing || covered) await run(`delete from ${tables.relays} where instance = ?`, [other.instance]);
+      }
+      await run(
+        `insert into ${tables.relays} (instance, relay, protocol, topics, until_ms) values (?, ?, ?, ?, ?)`,
+        [instance, ...owner, protocol, topics ? JSON.stringify(topics.toSorted()) : null, Math.floor(now()) + leaseMs],
+      );
+      const shards = await run(`select relay from ${tables.shards} where ${shardRow}`, owner);
+      if (shards.length === 0) await run(`insert into ${tables.shards} (relay, shard) values (?, ${shard})`, owner);
+      await run(lock.sql, owner);
+      await freeStranded(transaction, onPark);
+      const [stored] = await run(`select value from ${tables.meta} where name = 'outbox_id'`);
+      const whole = textOf(stored!["value"]) + (generation === 1 ? "" : `/${generation}`);
+      return { id: count === 1 ? whole : `${whole}.${shard}`, inherited };
+    }
+    const registerNow = () => write(register, LOCK_META);
+    const { id, inherited } = await registerNow();
+
+    async function pendingNow(transaction: Transaction, limits: ReadLimits, extra: string): Promise<readonly Pending[]> {
+      for (;;) {
+        const rows = await transaction.run(`${pending(held, limits, only + extra)} order by place`);
+        const { found, behind } = within(rows.map(toPending), limits.bytes);
+        if (behind.length === 0) return found;
+        await mark(transaction, behind, "pending", "blocked");
+      }
+    }
+    /** Looks again: what held them back may be gone since they were read. */
+    async function block({ run }: Transaction, all: readonly string[]): Promise<void> {
+      for (const portion of portions(all)) {
+        const rows = await run(
+          `select ${dialect.text(`o.${c.seq}`)} as seq from ${outbox} o where o.${c.seq} in (${numbers(portion)})
+            and o.${c.state} = 'pending' and ${behind(held)}`,
+        );
+        await mark({ run }, rows.map((row) => textOf(row["seq"])), "pending", "blocked");
+      }
+    }
+    async function wake(transaction: Transaction): Promise<void> {
+      const rows = await transaction.run(
+        `select ${dialect.text(`o.${c.seq}`)} as seq from ${outbox} o
+          where o.${c.state} = 'waiting' and o.${c.untilMs} <= ?${among(topics, "o.")}${only}`,
+        [Math.floor(transaction.now())],
+      );
+      await mark(transaction, rows.map((row) => textOf(row["seq"])), "waiting", "pending");
+    }
+    const handOut = (rows: readonly Pending[]): readonly Message[] =>
+      rows.map(({ seq, message }) => {
+        seqs.set(message, seq);
+        return message;
+      });
+
+    const SHARD = `select sealed, sealed_uid, settled, settled_uid from ${tables.shards} where ${shardRow}`;
+    const toShard = (row: Row | undefined): Shard =>
+      // Missing where the database went back to before this relay began; registering again brings it.
+      row === undefined || row["sealed"] === null ? settledShard(START) : {
+        sealed: Number(row["sealed"]),
+        sealedUid: textOf(row["sealed_uid"]),
+        settled: Number(row["settled"]),
+        settledUid: textOf(row["settled_uid"]),
+      };
+    async function readBatches({ run }: Transaction): Promise<readonly Position[]> {
+      const sql = `select n, uid, prev, "rows" from ${tables.batches} where ${shardRow} order by n`;
+      return (await run(sql, owner)).map(toPosition);
+    }
+    const rowsNow = (rows: Position["rows"]): Statement => ({
+      sql: `${c.seq} in (${numbers(rows.map(([seq]) => seq))})
+        and (${rows.map(([seq]) => `${c.seq} = ${seq} and ${c.id} = ?`).join(" or ")})`,
+      values: rows.map(([, id]) => id),
+    });
+    /** Steps a to d of the protocol, under the lock: what the sink has committed is deleted, and forks are repaired. */
+    async function settleUpTo(transaction: Transaction, ring: readonly Position[]) {
+      const { run } = transaction;
+      const before = toShard((await run(SHARD, owner))[0]);
+      const plan = settlePlan(before, await readBatches(transaction), ring);
+      for (const portion of portions(plan.settle)) {
+        const { sql, values } = rowsNow(portion);
+        const keys = await run(`select distinct ${c.key} as message_key from ${outbox} where ${sql}`, values);
+        await remove(transaction, sql, values);
+        await unblock(transaction, keys.map((row) => optionalText(row["message_key"])), onPark);
+      }
+      if (plan.repaired.length > 0 || plan.settle.length > 0) {
+        const upTo = plan.repaired.length > 0 ? "" : ` and n <= ${plan.shard.settled}`;
+        await run(`delete from ${tables.batches} where ${shardRow}${upTo}`, owner);
+      }
+      return { before, ...plan };
+    }
+    async function writeShard({ run }: Transaction, { sealed }: Shard, next: Shard): Promise<void> {
+      await run(
+        `update ${tables.shards} set sealed = ?, sealed_uid = ?, settled = ?, settled_uid = ?
+          where ${shardRow} and sealed = ?`,
+        [next.sealed, next.sealedUid, next.settled, next.settledUid, ...owner, sealed],
+      );
+    }
+    async function withMessages({ run }: Transaction, batch: Position): Promise<Batch> {
+      const stored = new Map<string, Message>();
+      for (const portion of portions(batch.rows)) {
+        const rows = await run(
+          `select ${messageColumns} from ${outbox} o where o.${c.seq} in (${numbers(portion.map(([seq]) => seq))})`,
+        );
+        for (const row of rows) stored.set(textOf(row["seq"]), toMessage(row));
+      }
+      const messages = batch.rows.flatMap(([seq, id]) => {
+        const message = stored.get(seq);
+        return message?.id === id ? [message] : [];
+      });
+      return { ...batch, messages };
+    }
+    /** Under the shard's lock; where the shard's row or the registration is gone, they come back first. */
+    function locked<T>(change: (transaction: Transaction) => Promise<T>): Promise<T> {
+      return write(async (transaction) => {
+        const [row] = await transaction.run(
+          `select ${registered} as ours, ${holds} as held,
+            (select count(*) from ${tables.shards} where ${shardRow}) as shards`,
+          [...holder, ...owner],
+        );
+        if (!isTrue(row!["held"])) throw overtaken();
+        if (!isTrue(row!["ours"]) || Number(row!["shards"]) === 0) {
+          await transaction.run(LOCK_META.sql);
+          await register(transaction);
+        }
+        return await change(transaction);
+      }, lock);
+    }
+
+    const over = new AbortController();
+    /** Fires when there may be something that the last look did not see. */
+    let bell = new AbortController();
+    listen?.(() => bell.abort(), over.signal);
+    const session: SourceSession = {
+      id,
+      inherited,
+      wait: (ms, signal) => realRuntime.sleep(ms, AbortSignal.any([bell.signal, ...signal ? [signal] : []])),
+      async read(limits) {
+        for (;;) {
+          if (bell.signal.aborted) bell = new AbortController();
+          const rows = await run(
+            `select s.wait_ms, s.ours, s.held, p.* from (select ${waitMs} as wait_ms, ${registered} as ours, ${holds} as held) s
+              left join (${pending(held, limits, only)}) p on true order by p.place`,
+            holder,
+          );
+          if (!isTrue(rows[0]!["held"])) throw overtaken();
+          const wait = toWait(rows[0]!);
+          const all = rows[0]!["seq"] === null ? [] : rows.map(toPending);
+          const { found, behind } = within(all, limits.bytes);
+          if (isTrue(rows[0]!["ours"]) && behind.length === 0 && (wait === null || wait > 0)) {
+            return { messages: handOut(found), waitMs: wait };
+          }
+          await locked(async (transaction) => {
+            await wake(transaction);
+            await block(transaction, behind);
+          });
+        }
+      },
+      settle: (messages) =>
+        write(async (transaction) => {
+          for (const portion of portions(messages)) {
+            const ids = `${c.id} in (${list(portion.length)}) and ${c.state} <> 'delivered'`;
+            const known = portion.map((message) => seqs.get(message));
+            const rows = known.every((seq) => seq !== undefined) ? `${c.seq} in (${numbers(known)}) and ` : "";
+            await remove(transaction, rows + ids, portion.map(({ id }) => id));
+          }
+          await unblock(transaction, messages.map(({ key }) => key), onPark);
+        }, lock),
+      park: (parks) => write((transaction) => setAside(transaction, parks, onPark), lock),
+      settled: async () => toShard((await run(SHARD, owner))[0]).settled,
+      async seal(ring, limits) {
+        const cursor = ring.at(-1) ?? START;
+        if (bell.signal.aborted) bell = new AbortController();
+        // A look first: an idle relay writes nothing.
+        const [look] = await run(
+          `select ${waitMs} as wait_ms, ${registered} as ours, s.sealed, s.sealed_uid, s.settled, s.settled_uid,
+            exists (select 1 from ${outbox} o where o.${c.state} = 'pending'${among(topics, "o.")}${only}) as pending,
+            ${holds} as held
+            from (select 1 as one) p left join ${tables.shards} s on s.relay = ? and s.shard = ${shard}`,
+          [...holder, ...owner],
+        );
+        if (!isTrue(look!["held"])) throw overtaken();
+        const { sealed, settled, settledUid } = toShard(look);
+        const wait = toWait(look!);
+        const quiet = settled === cursor.n && settledUid === cursor.uid && sealed === cursor.n;
+        if (quiet && isTrue(look!["ours"]) && !isTrue(look!["pending"]) && (wait === null || wait > 0)) {
+          return { batches: [], waitMs: wait, repaired: [] };
+        }
+        return await locked(async (transaction) => {
+          const { before, shard: settled, remaining, repaired } = await settleUpTo(transaction, ring);
+          let next = settled;
+          const batches = [...remaining];
+          const fresh = new Map<string, Batch>();
+          if (batches.length < 2) {
+            await wake(transaction);
+            const sealed = remaining.flatMap(({ rows }) => rows.map(([seq]) => seq));
+            const extra = sealed.length > 0 ? ` and o.${c.seq} not in (${numbers(sealed)})` : "";
+            const stored = await pendingNow(transaction, limits, extra);
+            if (stored.length > 0) {
+              const rows = stored.map(({ seq, message }) => [seq, message.id] as const);
+              const uid = await sha256(chainText(settled.sealedUid, rows));
+              const batch = { n: settled.sealed + 1, uid, prev: settled.sealedUid, rows };
+              const insert =
+                `insert into ${tables.batches} (relay, shard, n, uid, prev, "rows") values (?, ${shard}, ?, ?, ?, ?)`;
+              await transaction.run(insert, [...owner, batch.n, uid, batch.prev, JSON.stringify(rows)]);
+              next = { ...settled, sealed: batch.n, sealedUid: uid };
+              batches.push(batch);
+              fresh.set(uid, { ...batch, messages: stored.map(({ message }) => message) });
+            }
+          }
+          await writeShard(transaction, before, next);
+          const handed: Batch[] = [];
+          for (const batch of batches) {
+            handed.push(cache.get(batch.uid) ?? fresh.get(batch.uid) ?? await withMessages(transaction, batch));
+          }
+          const [after] = await transaction.run(`select ${waitMs} as wait_ms`);
+          return { batches: handed, waitMs: toWait(after!), repaired };
+        }).then((answer) => {
+          // Only what has committed is remembered.
+          cache.clear();
+          for (const batch of answer.batches) cache.set(batch.uid, batch);
+          return answer;
+        });
+      },
+      unseal: (ring, parks) =>
+        locked(async (transaction) => {
+          const { before } = await settleUpTo(transaction, ring);
+          await transaction.run(`delete from ${tables.batches} where ${shardRow}`, owner);
+          await writeShard(transaction, before, settledShard(ring.at(-1) ?? START));
+          await setAside(transaction, parks, onPark);
+          cache.clear();
+        }),
+      async renew() {
+        await run(`update ${tables.relays} set until_ms = ${clock} + ? where instance = ?`, [leaseMs, instance]);
+      },
+      async close(settled) {
+        over.abort();
+        await write(async (transaction) => {
+          const { run } = transaction;
+          let left = !settled || await hasBatches(transaction, relay);
+          for (const state of HELD) {
+            left ||= (await run(`select 1 as found from ${outbox} where ${c.state} = '${state}'${mine} limit 1`)).length > 0;
+          }
+          if (left) await run(`update ${tables.relays} set until_ms = 0 where instance = ?`, [instance]);
+          else await run(`delete from ${tables.relays} where instance = ?`, [instance]);
+        });
+      },
+    };
+    return session;
+  }
+
+  async function checkSchema(): Promise<void> {
+    const [row] = await run(`select value from ${tables.meta} where name = 'schema_version'`);
+    checkVersion(name, Number(row?.["value"] === undefined ? 0 : textOf(row["value"])));
+  }
+  const shown = `${idText} as id, ${tables.existing ? dialect.text(c.topic) : c.topic} as topic,
+    ${tables.existing ? dialect.text(c.key) : c.key} as message_key, ${c.state} as state,
+    coalesce(${c.reason}, '') as reason, ${c.untilMs} as until_ms`;
+  const toShown = (row: Row): OutboxMessage => ({
+    id: textOf(row["id"]),
+    topic: textOf(row["topic"]),
+    key: optionalText(row["message_key"]),
+    state: textOf(row["state"]) as OutboxMessage["state"],
+    reason: textOf(row["reason"]),
+  });
+  async function find({ run }: Pick<Transaction, "run">, id: string): Promise<OutboxMessage | undefined> {
+    const [row] = await run(`select ${shown} from ${outbox} where ${idText} = ?${mine}`, [id]);
+    return row && toShown(row);
+  }
+  const isSetAside = (message: OutboxMessage | undefined): message is OutboxMessage =>
+    message?.state === "parked" || message?.state === "waiting";
+
+  return {
+    name,
+    seals: true,
+    open: (options) => openSession(options, { shard: 0, member: undefined }),
+    shards: async () => (await readShards({ run })).count,
+    shard: (shard, member) => ({ name, seals: true, open: (options) => openSession(options, { shard, member }) }),
+    assign: (relay, member, leaseMs, running) =>
+      write(async ({ run, now }) => {
+        const { count } = await readShards({ run });
+        const owner = dialect.name(relay);
+        const known = await run(
+          `select shard, member from ${tables.shards} where relay = ? order by shard for update`,
+          [owner],
+        );
+        const clock = Math.floor(now());
+        await run(`delete from ${tables.members} where relay = ? and (member = ? or until_ms <= ?)`, [owner, member, clock]);
+        const add = `insert into ${tables.members} (relay, member, until_ms) values (?, ?, ?)`;
+        await run(add, [owner, member, clock + leaseMs]);
+        const members = (await run(`select member from ${tables.members} where relay = ? order by member`, [owner]))
+          .map((row) => textOf(row["member"]));
+        const rank = members.indexOf(member);
+        const share = Math.floor(count / members.length) + (rank < count % members.length ? 1 : 0);
+        const shards = Array.from({ length: count }, (_, shard) => {
+          const row = known.find((row) => Number(row["shard"]) === shard);
+          const holder = row && optionalText(row["member"]);
+          return { shard, row, holder: holder && members.includes(holder) ? holder : null };
+        });
+        const mine = shards.filter(({ holder }) => holder === member).map(({ shard }) => shard);
+        // Those that run already come first: a shard moves only where it must.
+        mine.sort((a, b) => Number(running.includes(b)) - Number(running.includes(a)) || a - b);
+        const keep = mine.slice(0, share);
+        const free = shards.filter(({ holder }) => holder === null).map(({ shard }) => shard);
+        const take = free.slice(0, Math.max(0, share - mine.length));
+        const give = mine.slice(share).filter((shard) => !running.includes(shard));
+        for (const shard of [...take, ...give]) {
+          const next = take.includes(shard) ? member : null;
+          const sql = shards[shard]!.row
+            ? `update ${tables.shards} set member = ? where relay = ? and shard = ?`
+            : `insert into ${tables.shards} (member, relay, shard) values (?, ?, ?)`;
+          await run(sql, [next, owner, shard]);
+        }
+        return [...keep, ...take].sort((a, b) => a - b);
+      }, LOCK_META),
+    leave: (relay, member) =>
+      write(async ({ run }) => {
+        const values = [dialect.name(relay), member];
+        await run(`update ${tables.shards} set member = null where relay = ? and member = ?`, values);
+        await run(`delete from ${tables.members} where relay = ? and member = ?`, values);
+      }, LOCK_META),
+    async status() {
+      const rows = await run(`select ${c.state} as state, count(*) as n from ${outbox} where ${c.state} <> 'delivered'${mine}
+        group by ${c.state}`);
+      const counts = new Map(rows.map((row) => [textOf(row["state"]), Number(row["n"])]));
+      const of = (...states: readonly string[]) => states.reduce((sum, state) => sum + (counts.get(state) ?? 0), 0);
+      let oldestMs: number | null = null;
+      for (const state of ["pending", "waiting", "blocked"]) {
+        if (!c.createdAt || of(state) === 0) continue;
+        const [row] = await run(`select ${dialect.time(`o.${c.createdAt}`)} as created_at, ${clock} as now_ms
+          from ${outbox} o where o.${c.state} = '${state}'${among(topics, "o.")} order by o.${c.seq} limit 1`);
+        if (row) oldestMs = Math.max(oldestMs ?? 0, Number(row["now_ms"]) - Date.parse(textOf(row["created_at"])));
+      }
+      return { pending: of("pending", "waiting", "blocked"), heldBack: of("blocked"), parked: of("parked"), oldestMs };
+    },
+    async parked(limit = 1000) {
+      const rows = await run(`select ${shown} from ${outbox} where ${c.state} = 'parked'${mine}
+        order by ${c.untilMs}, ${c.seq} limit ${limit}`);
+      return rows.map((row) => ({ ...toShown(row), since: new Date(Number(row["until_ms"])) }));
+    },
+    find: (id) => find({ run }, id),
+    release: (id) =>
+      write(async (transaction) => {
+        if (!isSetAside(await find(transaction, id))) return false;
+        await transaction.run(`update ${outbox} set ${c.state} = 'pending', ${c.reason} = null where ${c.id} = ?`, [id]);
+        return true; // What it held back is freed when it is delivered.
+      }, LOCK_ALL),
+    discard: (id) =>
+      write(async (transaction) => {
+        const found = await find(transaction, id);
+        if (!isSetAside(found)) return false;
+        await transaction.run(`delete from ${outbox} where ${c.id} = ?`, [id]);
+        // Whichever topics a relay has: it holds back again what it must.
+        const behind = `${c.state} = 'blocked' and ${c.key} = ?`;
+        if (found.key !== null) {
+          await transaction.run(`update ${outbox} set ${c.state} = 'pending' where ${behind}`, [found.key]);
+        }
+        return true;
+      }, LOCK_ALL),
+    async relays() {
+      const [now] = await run(`select ${clock} as now_ms`);
+      const found = [];
+      for (const stored of await registrations({ run })) {
+        const { relay, protocol, topics, untilMs } = stored;
+        const live = untilMs > Number(now!["now_ms"]);
+        if (!live && !await leaves({ run }, stored)) continue;
+        const batches = await run(`select "rows" from ${tables.batches} where relay = ?`, [dialect.name(relay)]);
+        const sealed = batches.reduce((sum, row) => sum + JSON.parse(textOf(row["rows"])).length, 0);
+        found.push({ relay, protocol, topics, live, sealed });
+      }
+      return found;
+    },
+    forget: (relay) =>
+      write(async (transaction) => {
+        const { run, now } = transaction;
+        const theirs = (await registrations(transaction)).filter((stored) => stored.relay === relay);
+        const untilMs = Math.max(0, ...theirs.map((stored) => stored.untilMs));
+        if (untilMs > now()) {
+          const how = `it runs, or has died and is waited for until ${new Date(untilMs).toISOString()}`;
+          throw new EffectError("busy", `Cannot forget relay "${relay}" of ${name}: ${how}. Stop it first`);
+        }
+        const owner = [dialect.name(relay)];
+        await run(`delete from ${tables.batches} where relay = ?`, owner);
+        // What it seals next follows on what was delivered, not on what is given up here.
+        await run(`update ${tables.shards} set sealed = settled, sealed_uid = settled_uid where relay = ?`, owner);
+        await run(`delete from ${tables.relays} where relay = ?`, owner);
+        return theirs.length > 0;
+      }, LOCK_ALL),
+    prune: ({ olderThanMs, limit = 1000 }) =>
+      write(async ({ run, now }) => {
+        const rows = await run(
+          `select ${dialect.text(c.seq)} as seq from ${outbox} where ${c.state} = 'delivered' and ${c.untilMs} <= ?${mine}
+            order by ${c.untilMs} limit ${limit} for update skip locked`,
+          [Math.floor(now()) - olderThanMs],
+        );
+        for (const portion of portions(rows.map((row) => textOf(row["seq"])))) {
+          await run(`delete from ${outbox} where ${c.seq} in (${numbers(portion)})`);
+        }
+        return rows.length;
+      }),
+  };
+}
+
+const encoder = new TextEncoder();
+async function sha256(text: string): Promise<string> {
+  const digest = new Uint8Array(await crypto.subtle.digest("SHA-256", encoder.encode(text)));
+  return Array.from(digest, (byte) => byte.toString(16).padStart(2, "0")).join("");
+}
