@@ -132,7 +132,7 @@ const dialect: Dialect = {
   bytes: (expression, stored) => stored === "bytes" ? expression : `cast(convert(${expression} using utf8mb4) as binary)`,
   json: "?",
   name: (text) => Buffer.from(text),
-  bucket: (expression) => `conv(left(md5(${expression}), 2), 16, 10)`,
+  bucket: (expression) => `conv(left(sha2(convert(${expression} using utf8mb4), 256), 2), 16, 10)`,
   // Its optimizer reads an index from its start for a comparison of rows.
   after({ scope, key }) {
     const [first, second] = [Buffer.from(scope), Buffer.from(key)];

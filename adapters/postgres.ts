@@ -160,7 +160,7 @@ const dialect: Dialect = {
   bytes: (expression, stored) => stored === "bytes" ? expression : `convert_to((${expression})::text, 'UTF8')`,
   json: "?::text::jsonb", // As text, whatever a driver makes of JSON.
   name: (text) => text,
-  bucket: (expression) => `get_byte(decode(md5(${expression}), 'hex'), 0)`,
+  bucket: (expression) => `get_byte(sha256(convert_to((${expression})::text, 'UTF8')), 0)`,
   after: ({ scope, key }) => ({ condition: `(scope, "key") > (?, ?)`, values: [scope, key] }),
   replace: ` on conflict (scope, "key") do update set ${
     EFFECT_COLUMNS.map((column) => `${column} = excluded.${column}`).join(", ")

@@ -76,7 +76,7 @@ export interface Dialect {
   name(text: string): SqlValue;
   /** @throws {RangeError} If the server's columns have no room for a message's id, topic or key. */
   checkText(text: string): void;
-  /** The first byte of the MD5 of a text: the same in every database. */
+  /** The first byte of the SHA-256 of a text, which is the same everywhere: MySQL 9.6 has no MD5 any more. */
   bucket(expression: string): string;
   /** Whether (`scope`, `key`) comes after two placeholders, and their values. */
   after(key: EffectKey): { readonly condition: string; readonly values: readonly SqlValue[] };
@@ -1024,10 +1024,8 @@ export function sqlOutbox(server: SqlServer<never>, options: SqlOutboxOptions = 
     if (shard >= count) throw noSuchShard(shard, count);
     const [low, high] = [shard, shard + 1].map((n) => Math.floor(n * 256 / count));
     /** The messages of this shard. */
-    const only = count === 1
-      ? ""
-      : ` and case when o.${c.key} is null then mod(o.${c.seq}, 256) else ${dialect.bucket(`o.${c.key}`)} end
-        between ${low} and ${high! - 1}`;
+    const only = count === 1 ? "" : ` and (o.${c.key} is null and mod(o.${c.seq}, ${count}) = ${shard}
+        or o.${c.key} is not null and ${dialect.bucket(`o.${c.key}`)} between ${low} and ${high! - 1})`;
     const waitMs = `(select min(o.${c.untilMs}) from ${outbox} o where o.${c.state} = 'waiting'${
       among(topics, "o.")
     }${only}) - ${clock}`;

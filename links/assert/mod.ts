@@ -12,12 +12,12 @@ export function assert(condition: unknown, message = "Expected a true condition"
 
 /** Fails unless both are deeply equal. */
 export function assertEquals<T>(actual: T, expected: T, message?: string): void {
-  nodeAssert.deepEqual(actual, expected, message);
+  nodeAssert.deepEqual(actual, expected, message as string);
 }
 
 /** Fails if both are deeply equal. */
 export function assertNotEquals<T>(actual: T, expected: T, message?: string): void {
-  nodeAssert.notDeepEqual(actual, expected, message);
+  nodeAssert.notDeepEqual(actual, expected, message as string);
 }
 
 /** Fails unless the text has the part. */
@@ -27,7 +27,7 @@ export function assertStringIncludes(actual: string, expected: string, message?:
 
 /** Fails unless the text matches. */
 export function assertMatch(actual: string, expected: RegExp, message?: string): void {
-  nodeAssert.match(actual, expected, message);
+  nodeAssert.match(actual, expected, message as string);
 }
 
 // deno-lint-ignore no-explicit-any -- any constructor's arguments
