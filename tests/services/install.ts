@@ -30,6 +30,12 @@ export interface Origin<Found> {
    * @default installs the packages
    */
   readonly fetch?: () => Promise<void>;
+  /**
+   * Whether only root can bring it here, and use it then.
+   *
+   * @default {false}
+   */
+  readonly rootOnly?: boolean;
 }
 
 const text = new TextDecoder();
@@ -79,16 +85,17 @@ function mayInstall(): boolean {
  * @throws {Error} If there is no way: with what a person can do.
  */
 export async function bring<Found>(origin: Origin<Found>): Promise<Found | undefined> {
-  const { what, variable, packages, image, find, fetch = () => install(packages) } = origin;
+  const { what, variable, packages, image, find, fetch = () => install(packages), rootOnly = false } = origin;
+  const possible = !rootOnly || Deno.uid() === 0;
   const there = await find();
   if (there !== undefined) return there;
   if (image !== undefined && await dockerAnswers()) return undefined;
-  if (!mayInstall()) {
+  if (!possible || !mayInstall()) {
     const ways = [
       `install ${packages.join(" and ")}`,
       ...(image === undefined ? [] : ["start Docker"]),
       ...(variable === undefined ? [] : [`set ${variable} to the URL of one (compose.yaml starts all)`]),
-      "set EFFECTONCE_INSTALL=1 to have it installed by apt-get",
+      ...(possible ? ["set EFFECTONCE_INSTALL=1 to have it installed by apt-get"] : []),
     ];
     throw new Error(`${what} is missing: ${ways.join(", or ")}`);
   }

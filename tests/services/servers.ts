@@ -93,6 +93,7 @@ const ORIGINS: Readonly<Record<Kind, Origin<Programs> & { readonly image: string
       if (await Deno.stat(MYSQL_TREE).catch(() => undefined)) return (name) => ["chroot", MYSQL_TREE, name];
     },
     fetch: unpackMysql,
+    rootOnly: true,
   },
 };
 
