@@ -22,6 +22,7 @@
 import { Buffer } from "node:buffer";
 import { EffectError, type EffectStore, realRuntime, type RunSql } from "../mod.ts";
 import {
+  acceptPlace,
   causesOf,
   checkVersion,
   type Dialect,
@@ -97,6 +98,13 @@ export interface MysqlMigration extends MysqlOptions {
    * @default {undefined} As it is; at first 1.
    */
   readonly shards?: number;
+  /**
+   * Takes the tables as they are after a restore, or in a copy, for those that claims were made in: nothing was done since
+   * that they do not know.
+   *
+   * @default {false}
+   */
+  readonly accept?: boolean;
 }
 
 /** The servers that this adapter knows. */
@@ -130,6 +138,12 @@ const dialect: Dialect = {
   text: (expression) => `cast(${expression} as char)`,
   time: (expression) => `date_format(${expression}, '%Y-%m-%dT%H:%i:%s.%fZ')`,
   bytes: (expression, stored) => stored === "bytes" ? expression : `cast(convert(${expression} using utf8mb4) as binary)`,
+  // A restored dump has made another table, at another time.
+  place: ({ prefix, schema }) => ({
+    sql: `select unix_timestamp(create_time) as place from information_schema.tables
+      where table_schema = ${schema === undefined ? "database()" : literal(schema)} and table_name = ?`,
+    values: [`${prefix}meta`],
+  }),
   json: "?",
   name: (text) => Buffer.from(text),
   bucket: (expression) => `conv(left(sha2(convert(${expression} using utf8mb4), 256), 2), 16, 10)`,
@@ -229,11 +243,14 @@ interface Connection {
  */
 function watch(connection: Taken): { check(): void; unhook(): void } {
   let ended: unknown;
-  const target = connection as unknown as Record<string, unknown>;
-  const hooked = ["query", "execute"].filter((name) => typeof target[name] === "function").map((name) => {
-    const own = Object.getOwnPropertyDescriptor(target, name);
-    const call = target[name] as (...args: unknown[]) => Promise<unknown>;
-    target[name] = (...args: unknown[]) => {
+  type Calls = Record<string, (...args: unknown[]) => Promise<unknown>>;
+  const target = connection as unknown as Calls;
+  const calls: Calls = {};
+  for (const name of ["query", "execute"]) {
+    const call = target[name];
+    if (!call) continue;
+    calls[name] = call;
+    target[name] = (...args) => {
       if (ended !== undefined) return Promise.reject(ended);
       const answer = call.apply(connection, args);
       answer.then(undefined, (error: unknown) => {
@@ -241,18 +258,13 @@ function watch(connection: Taken): { check(): void; unhook(): void } {
       });
       return answer;
     };
-    return { name, own };
-  });
+  }
   return {
     check() {
       if (ended !== undefined) throw ended;
     },
-    unhook() {
-      for (const { name, own } of hooked) {
-        if (own) Object.defineProperty(target, name, own);
-        else delete target[name];
-      }
-    },
+    // Not deleted: an object that has lost a property is slow from then on.
+    unhook: () => void Object.assign(target, calls),
   };
 }
 
@@ -538,7 +550,8 @@ export function mysqlSchema(flavor: MysqlFlavor, options: TableOptions = {}): st
  */
 export async function migrateMysql(pool: MysqlPool, options: MysqlMigration = {}): Promise<void> {
   const { name = "mysql", waitMs = 5_000 } = options;
-  const { tables, write } = createServer<never>(pool, options);
+  const server = createServer<never>(pool, options);
+  const { tables, write } = server;
   const connection = await takeFrom(pool, name, waitMs);
   const run: Run = async (sql, values = []) => {
     const [rows] = await connection.query({ sql: inlined(sql, values), ...PLAIN });
@@ -557,7 +570,8 @@ export async function migrateMysql(pool: MysqlPool, options: MysqlMigration = {}
   } finally {
     connection.release();
   }
-  const { shards } = options;
+  const { shards, accept = false } = options;
+  if (accept) await write(({ run }) => acceptPlace(server, run));
   if (shards === undefined) return;
   const alone = { sql: `select value from ${tables.meta} where name = 'outbox_id' for update`, values: [] };
   await write((transaction) => setShards(name, tables, transaction, shards), alone);

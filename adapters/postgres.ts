@@ -25,6 +25,7 @@
 import { EffectError, type EffectStore, realRuntime, type RunSql } from "../mod.ts";
 import { createTurns } from "./shared.ts";
 import {
+  acceptPlace,
   causesOf,
   checkVersion,
   type Dialect,
@@ -117,6 +118,13 @@ export interface PostgresMigration extends PostgresOptions {
    * @default {undefined} As it is; at first 1.
    */
   readonly shards?: number;
+  /**
+   * Takes the tables as they are after a restore, or in a copy, for those that claims were made in: nothing was done since
+   * that they do not know.
+   *
+   * @default {false}
+   */
+  readonly accept?: boolean;
 }
 
 // ------------------------------------------------------------------------------------------------------------------ texts
@@ -158,6 +166,11 @@ const dialect: Dialect = {
   text: (expression) => `(${expression})::text`,
   time: (expression) => `to_char((${expression})::timestamptz at time zone 'utc', 'YYYY-MM-DD"T"HH24:MI:SS.MS"Z"')`,
   bytes: (expression, stored) => stored === "bytes" ? expression : `convert_to((${expression})::text, 'UTF8')`,
+  // The cluster, and the table itself: a restored dump has made another one.
+  place: ({ effects }) => ({
+    sql: `select concat((select system_identifier from pg_control_system()), '/', to_regclass(?)::oid) as place`,
+    values: [effects],
+  }),
   json: "?::text::jsonb", // As text, whatever a driver makes of JSON.
   name: (text) => text,
   bucket: (expression) => `get_byte(sha256(convert_to((${expression})::text, 'UTF8')), 0)`,
@@ -287,14 +300,11 @@ async function takeFrom(pool: PostgresPool, name: string, waitMs: number) {
 
 /** Lets BEGIN ride along with the first statement of a transaction, whoever sends it. */
 function createBeginning({ client, run, script }: Connection<unknown>, begin: string) {
-  const target = client as { query?: unknown };
-  const own = Object.getOwnPropertyDescriptor(target, "query");
-  const query = target.query as (...args: unknown[]) => unknown;
+  const target = client as { query: (...args: unknown[]) => unknown };
+  const { query } = target;
   let begun: Promise<unknown> | undefined;
-  function unhook(): void {
-    if (own) Object.defineProperty(target, "query", own);
-    else delete target.query;
-  }
+  // Not deleted: an object that has lost a property is slow from then on.
+  const unhook = () => void (target.query = query);
   target.query = (...args: unknown[]): unknown => {
     if (!begun) {
       begun = script(begin);
@@ -611,7 +621,8 @@ export async function migratePostgres(
   pool: PostgresPool | PostgresDatabase,
   options: PostgresMigration = {},
 ): Promise<void> {
-  const { tables, write, name } = createServer<never>(pool, options);
+  const server = createServer<never>(pool, options);
+  const { tables, write, name } = server;
   // One after the other; the number is this package's own.
   const alone = { sql: "select pg_advisory_xact_lock(7306085893296906823)", values: [] };
   await write(async (transaction) => {
@@ -631,6 +642,7 @@ export async function migratePostgres(
       ],
     );
     await run(`insert into ${tables.meta} (name, value) values ('outbox_id', ?) ${keep} nothing`, [crypto.randomUUID()]);
+    if (options.accept) await acceptPlace(server, run);
     if (options.shards !== undefined) await setShards(name, tables, transaction, options.shards);
     const trigger = `select tgenabled from pg_trigger where tgrelid = to_regclass(?) and tgname = ?`;
     const [state] = await run(trigger, [tables.outbox, `${tables.prefix}notify`]);

@@ -8,6 +8,7 @@ import {
   type Batch,
   checkKey,
   type Claim,
+  type ClaimStore,
   claimStore,
   createMessage,
   EffectError,
@@ -70,6 +71,8 @@ export interface Dialect {
   time(expression: string): string;
   /** Bytes, or what is to be taken for them. */
   bytes(expression: string, stored: "bytes" | "text"): string;
+  /** What a restored dump or a copy does not have in common with the tables that it was taken of. */
+  place(tables: Tables): Statement;
   /** The placeholder of a JSON text. */
   readonly json: string;
   /** A part of an effect's key, or a relay's name, as it is bound. */
@@ -597,112 +600,147 @@ function handle(
 type EncodedRequest = Awaited<ReturnType<typeof encodeRequest>>;
 const NO_REQUEST: EncodedRequest = { bytes: null, fingerprint: null };
 
+async function placeOf({ dialect, tables }: Pick<SqlServer<unknown>, "dialect" | "tables">, run: Run): Promise<string> {
+  const { sql, values } = dialect.place(tables);
+  const [row] = await run(sql, values);
+  return textOf(row!["place"]);
+}
+
+/** Takes the tables for those that claims were made in, where they are now. */
+export async function acceptPlace(server: Pick<SqlServer<unknown>, "dialect" | "tables">, run: Run): Promise<void> {
+  const place = await placeOf(server, run);
+  const { meta } = server.tables;
+  await run(`delete from ${meta} where name = 'place'`);
+  await run(`insert into ${meta} (name, value) values ('place', ?)`, [place]);
+}
+
 /** Claims and positions on a server. */
 export function sqlStore<Client>(server: SqlServer<Client>): EffectStore<Client> {
   const { name, dialect, tables, run, write } = server;
   const { effects: table } = tables;
   const columns = COLUMNS.join(", ");
-  return {
-    ...claimStore({
-      name,
-      change: (steps) =>
-        write(async (transaction) => {
-          const found = new Map<string, EffectRow>();
-          for (const portion of portions(distinct(steps.map(({ key }) => key)))) {
-            const { sql: condition, values } = anyOf(portion, dialect);
-            const select = `select ${columns} from ${table} where ${condition} order by scope, "key" for update`;
-            for (const stored of await transaction.run(select, values)) {
-              const row = toEffect(stored);
-              found.set(joined(row), row);
+  let placed: Promise<void> | undefined;
+  /** Claims of what must not be repeated are worth nothing where later ones have been forgotten. */
+  async function checkPlace(): Promise<void> {
+    const place = await placeOf(server, run);
+    const known = `select value from ${tables.meta} where name = 'place'`;
+    let [stored] = await run(known);
+    if (!stored) {
+      const insert = `insert into ${tables.meta} (name, value) values ('place', ?)`;
+      await write(({ run }) => dialect.insertNew(run, insert, [place], 1));
+      [stored] = await run(known);
+    }
+    if (textOf(stored!["value"]) === place) return;
+    throw new EffectError(
+      "diverged",
+      `${name} was restored from a backup, or copied: what was done after that is not known there, and would be done again. ` +
+        `Once you have made sure that nothing was, tell it so: relay --accept-source`,
+    );
+  }
+  const claims = claimStore({
+    name,
+    change: (steps) =>
+      write(async (transaction) => {
+        const found = new Map<string, EffectRow>();
+        for (const portion of portions(distinct(steps.map(({ key }) => key)))) {
+          const { sql: condition, values } = anyOf(portion, dialect);
+          const select = `select ${columns} from ${table} where ${condition} order by scope, "key" for update`;
+          for (const stored of await transaction.run(select, values)) {
+            const row = toEffect(stored);
+            found.set(joined(row), row);
+          }
+        }
+        const now = Math.floor(transaction.now());
+        const [inserts, updates] = [new Map<string, EffectRow>(), new Map<string, EffectRow>()];
+        const known = new Set(found.keys());
+        const answers = steps.map(({ key, step }) => {
+          const id = joined(key);
+          const { write, answer } = step(found.get(id), now);
+          if (write) {
+            found.set(id, write);
+            (known.has(id) ? updates : inserts).set(id, write);
+          }
+          return answer;
+        });
+        for (const [rows, isNew] of [[inserts, true], [updates, false]] as const) {
+          for (const portion of portions(distinct([...rows.values()]))) {
+            const values = portion.flatMap((key) => fromEffect(rows.get(joined(key))!, dialect));
+            const insert = `insert into ${table} (${columns}) values ${rowsOf(portion.length, COLUMNS.length)}`;
+            if (!isNew) await transaction.run(insert + dialect.replace, values);
+            else if (!await dialect.insertNew(transaction.run, insert, values, portion.length)) {
+              throw new LostRace("another caller has claimed one of these effects");
             }
           }
-          const now = Math.floor(transaction.now());
-          const [inserts, updates] = [new Map<string, EffectRow>(), new Map<string, EffectRow>()];
-          const known = new Set(found.keys());
-          const answers = steps.map(({ key, step }) => {
-            const id = joined(key);
-            const { write, answer } = step(found.get(id), now);
-            if (write) {
-              found.set(id, write);
-              (known.has(id) ? updates : inserts).set(id, write);
-            }
-            return answer;
-          });
-          for (const [rows, isNew] of [[inserts, true], [updates, false]] as const) {
-            for (const portion of portions(distinct([...rows.values()]))) {
-              const values = portion.flatMap((key) => fromEffect(rows.get(joined(key))!, dialect));
-              const insert = `insert into ${table} (${columns}) values ${rowsOf(portion.length, COLUMNS.length)}`;
-              if (!isNew) await transaction.run(insert + dialect.replace, values);
-              else if (!await dialect.insertNew(transaction.run, insert, values, portion.length)) {
-                throw new LostRace("another caller has claimed one of these effects");
-              }
-            }
-          }
-          return answers;
-        }),
-      async list({ state, scope, key, limit, after }) {
-        const conditions: string[] = [];
-        const values: SqlValue[] = [];
-        const where = (condition: string, ...given: readonly SqlValue[]) => {
-          conditions.push(condition);
-          values.push(...given);
-        };
-        if (state !== undefined) where(state === "done" ? "state = ?" : "state <> 'done' and state = ?", state);
-        if (scope !== undefined) where("scope = ?", dialect.name(scope));
-        if (key !== undefined) where(`"key" = ?`, dialect.name(key));
-        if (after !== undefined) {
-          const behind = dialect.after(after);
-          where(behind.condition, ...behind.values);
         }
-        const all = conditions.length > 0 ? ` where ${conditions.join(" and ")}` : "";
-        const sql = `select ${columns} from ${table}${all} order by scope, "key" limit ${limit}`;
-        return (await run(sql, values)).map(toEffect);
-      },
-      async count(scope) {
-        const counts: Record<EffectState, number> = { claimed: 0, waiting: 0, done: 0, rejected: 0, uncertain: 0 };
-        const mine = scope === undefined ? "" : " where scope = ?";
-        const sql = `select state, count(*) as n from ${table}${mine} group by state`;
-        for (const row of await run(sql, scope === undefined ? [] : [dialect.name(scope)])) {
-          counts[textOf(row["state"]) as EffectState] = Number(row["n"]);
-        }
-        return counts;
-      },
-      prune: createPrune({
-        async old(after, { olderThanMs, limit }) {
-          const behind = dialect.after(after);
-          const sql = `select scope, "key", case when state in ('done', 'rejected') and changed_ms <= ${dialect.clock} - ?
-            then 1 else 0 end as old from ${table} where ${behind.condition} order by scope, "key" limit ${limit}`;
-          const rows = await run(sql, [olderThanMs, ...behind.values]);
-          const keys = rows.map((row) => ({
-            scope: textOf(row["scope"]),
-            key: textOf(row["key"]),
-            old: isTrue(row["old"]),
-          }));
-          const needed = await stillInOutbox(run, keys.filter(({ old }) => old));
-          const old = keys.filter(({ old, key }) => old && !needed.has(key)).map(({ scope, key }) => ({ scope, key }));
-          const last = keys.length === limit ? keys.at(-1) : undefined;
-          return { keys: old, last: last && { scope: last.scope, key: last.key } };
-        },
-        forget: (keys, { olderThanMs }) =>
-          write(async (transaction) => {
-            let forgotten = 0;
-            for (const portion of portions(distinct(keys))) {
-              const { sql: condition, values } = anyOf(portion, dialect);
-              // Looks again: nothing else locks an effect that ended long ago, and who does not get one leaves it for later.
-              const select = `select scope, "key" from ${table} where ${condition} and state in ('done', 'rejected')
-                and changed_ms <= ${dialect.clock} - ? for update skip locked`;
-              const old = (await transaction.run(select, [...values, olderThanMs]))
-                .map((row) => ({ scope: textOf(row["scope"]), key: textOf(row["key"]) }));
-              const needed = await stillInOutbox(transaction.run, old);
-              const mine = anyOf(old.filter(({ key }) => !needed.has(key)), dialect);
-              if (mine.values.length === 0) continue;
-              await transaction.run(`delete from ${table} where ${mine.sql}`, mine.values);
-              forgotten += mine.values.length / 2;
-            }
-            return forgotten;
-          }),
+        return answers;
       }),
+    async list({ state, scope, key, limit, after }) {
+      const conditions: string[] = [];
+      const values: SqlValue[] = [];
+      const where = (condition: string, ...given: readonly SqlValue[]) => {
+        conditions.push(condition);
+        values.push(...given);
+      };
+      if (state !== undefined) where(state === "done" ? "state = ?" : "state <> 'done' and state = ?", state);
+      if (scope !== undefined) where("scope = ?", dialect.name(scope));
+      if (key !== undefined) where(`"key" = ?`, dialect.name(key));
+      if (after !== undefined) {
+        const behind = dialect.after(after);
+        where(behind.condition, ...behind.values);
+      }
+      const all = conditions.length > 0 ? ` where ${conditions.join(" and ")}` : "";
+      const sql = `select ${columns} from ${table}${all} order by scope, "key" limit ${limit}`;
+      return (await run(sql, values)).map(toEffect);
+    },
+    async count(scope) {
+      const counts: Record<EffectState, number> = { claimed: 0, waiting: 0, done: 0, rejected: 0, uncertain: 0 };
+      const mine = scope === undefined ? "" : " where scope = ?";
+      const sql = `select state, count(*) as n from ${table}${mine} group by state`;
+      for (const row of await run(sql, scope === undefined ? [] : [dialect.name(scope)])) {
+        counts[textOf(row["state"]) as EffectState] = Number(row["n"]);
+      }
+      return counts;
+    },
+    prune: createPrune({
+      async old(after, { olderThanMs, limit }) {
+        const behind = dialect.after(after);
+        const sql = `select scope, "key", case when state in ('done', 'rejected') and changed_ms <= ${dialect.clock} - ?
+            then 1 else 0 end as old from ${table} where ${behind.condition} order by scope, "key" limit ${limit}`;
+        const rows = await run(sql, [olderThanMs, ...behind.values]);
+        const keys = rows.map((row) => ({
+          scope: textOf(row["scope"]),
+          key: textOf(row["key"]),
+          old: isTrue(row["old"]),
+        }));
+        const needed = await stillInOutbox(run, keys.filter(({ old }) => old));
+        const old = keys.filter(({ old, key }) => old && !needed.has(key)).map(({ scope, key }) => ({ scope, key }));
+        const last = keys.length === limit ? keys.at(-1) : undefined;
+        return { keys: old, last: last && { scope: last.scope, key: last.key } };
+      },
+      forget: (keys, { olderThanMs }) =>
+        write(async (transaction) => {
+          let forgotten = 0;
+          for (const portion of portions(distinct(keys))) {
+            const { sql: condition, values } = anyOf(portion, dialect);
+            // Looks again: nothing else locks an effect that ended long ago, and who does not get one leaves it for later.
+            const select = `select scope, "key" from ${table} where ${condition} and state in ('done', 'rejected')
+                and changed_ms <= ${dialect.clock} - ? for update skip locked`;
+            const old = (await transaction.run(select, [...values, olderThanMs]))
+              .map((row) => ({ scope: textOf(row["scope"]), key: textOf(row["key"]) }));
+            const needed = await stillInOutbox(transaction.run, old);
+            const mine = anyOf(old.filter(({ key }) => !needed.has(key)), dialect);
+            if (mine.values.length === 0) continue;
+            await transaction.run(`delete from ${table} where ${mine.sql}`, mine.values);
+            forgotten += mine.values.length / 2;
+          }
+          return forgotten;
+        }),
     }),
+  });
+  return {
+    ...claims,
+    claim: async (key, options) => (await claimAll([{ key, ...options }]))[0]!,
+    claimAll,
     async transaction(run) {
       const attempts: Attempts = { before: new Set(), mine: new Set() };
       let answer: { readonly value: Awaited<ReturnType<typeof run>> } | undefined;
@@ -730,6 +768,15 @@ export function sqlStore<Client>(server: SqlServer<Client>): EffectStore<Client>
     isDatabaseFailure: (error) => server.isDatabaseFailure(error),
   };
 
+  async function claimAll(all: Parameters<ClaimStore["claimAll"]>[0]): Promise<readonly Claim[]> {
+    if (all.some(({ repeatWithinMs }) => repeatWithinMs === undefined)) {
+      await (placed ??= checkPlace().catch((error: unknown) => {
+        placed = undefined;
+        throw error;
+      }));
+    }
+    return await claims.claimAll(all);
+  }
   /** A key whose message is still in the outbox would be a new key. */
   async function stillInOutbox(run: Run, keys: readonly EffectKey[]): Promise<Set<string>> {
     const { id: column, state } = tables.columns;

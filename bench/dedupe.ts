@@ -4,14 +4,14 @@
  *
  * @module
  */
-import { DatabaseSync } from "node:sqlite";
-import Database from "better-sqlite3";
-import { migrateSqlite, type SqliteClient, sqliteStore } from "../adapters/sqlite.ts";
+import { type Kit, KITS, kitsOf } from "./kits.ts";
 
 /** One case on one adapter. */
 export interface DedupeRow {
   /** Adapter and driver. */
   readonly adapter: string;
+  /** The server's version. */
+  readonly version: string;
   /** What was measured. */
   readonly case: string;
   /** Microseconds of one transaction without a claim. */
@@ -26,12 +26,6 @@ export interface DedupeRow {
   readonly handRatio: number | null;
 }
 
-type Client = SqliteClient & { close(): unknown };
-
-const OPEN: Readonly<Record<string, (path: string) => Client>> = {
-  "sqlite/better-sqlite3": (path) => new Database(path),
-  "sqlite/node": (path) => new DatabaseSync(path) as Client,
-};
 const ROUNDS = 9;
 
 /** The value in the middle. */
@@ -42,7 +36,7 @@ export function median(values: readonly number[]): number {
 const round = (value: number, digits: number): number => Number(value.toFixed(digits));
 
 /** Runs the sides in turn; answers the microseconds of each round. The first round warms up. */
-async function inTurn<S extends string>(times: number, sides: Readonly<Record<S, () => Promise<void>>>) {
+export async function inTurn<S extends string>(times: number, sides: Readonly<Record<S, () => Promise<unknown>>>) {
   const measured = Object.fromEntries(Object.keys(sides).map((side) => [side, [] as number[]])) as Record<S, number[]>;
   for (let i = 0; i <= ROUNDS; i++) {
     for (const side of Object.keys(sides) as S[]) {
@@ -54,107 +48,93 @@ async function inTurn<S extends string>(times: number, sides: Readonly<Record<S,
   return measured;
 }
 
-const ratioOf = (over: readonly number[], under: readonly number[]): number =>
+/** The median of the ratios, round by round. */
+export const ratioOf = (over: readonly number[], under: readonly number[]): number =>
   round(median(over.map((us, i) => us / under[i]!)), 3);
 
-async function open(connect: (path: string) => Client, path: string) {
-  const client = connect(path);
-  await migrateSqlite(client);
-  const store = sqliteStore(client);
-  await store.count(); // Sets synchronous = FULL for all sides.
-  client.prepare("create table orders (id text primary key, total integer)").run();
-  client.prepare("create table handled (key text primary key, at integer not null) without rowid").run();
-  return { client, store };
+interface Sides {
+  /** How often in a round. */
+  readonly times: number;
+  readonly base: () => Promise<unknown>;
+  readonly hand?: () => Promise<unknown>;
+  readonly ours: () => Promise<unknown>;
+}
+
+function casesOn(kit: Kit): Readonly<Record<string, Sides>> {
+  let serial = 0;
+  const scope = "bench";
+  const fresh = (n: number) => Array.from({ length: n }, () => `order-${serial++}`);
+  const effectsOf = (keys: readonly string[]) => keys.map((key) => ({ scope, key }));
+  const batch = (n: number, times: number): Sides => ({
+    times,
+    base: () => kit.bare(fresh(n)),
+    hand: () => kit.bare(fresh(n), true),
+    ours() {
+      const keys = fresh(n);
+      return kit.claimed(keys, (effects) => effects.claimAll(effectsOf(keys)));
+    },
+  });
+  const single = (run: Kit["claimed"], result = false): Sides => ({
+    times: 200,
+    base: () => kit.bare(fresh(1)),
+    hand: () => kit.bare(fresh(1), true),
+    ours() {
+      const keys = fresh(1);
+      const [effect] = effectsOf(keys);
+      return run(keys, async (effects) => {
+        await effects.claim(effect!);
+        if (result) await effects.complete(effect!, { id: "payment-1" });
+      });
+    },
+  });
+  const done = fresh(100);
+  return {
+    "single": single(kit.claimed),
+    "single joined": single(kit.joined),
+    "single with result": single(kit.claimed, true),
+    "batch of 100": batch(100, 20),
+    "batch of 500": batch(500, 5),
+    "batch of 100, all done before": {
+      times: 20,
+      base: () => kit.bare(fresh(100)),
+      ours: () => kit.claimed([], (effects) => effects.claimAll(effectsOf(done))),
+    },
+    "claim and complete of an external effect, against two inserts": {
+      times: 100,
+      async base() {
+        await kit.bare(fresh(1));
+        await kit.bare(fresh(1));
+      },
+      async ours() {
+        const [key] = effectsOf(fresh(1));
+        const claim = await kit.store.claim(key!, { leaseMs: 30_000 });
+        if (claim.state === "claimed") await kit.store.complete(key!, claim.fence, { id: "payment-1" });
+      },
+    },
+  };
 }
 
 /** Measures each adapter. */
-export async function dedupe(adapters: readonly string[] = ["sqlite"]): Promise<readonly DedupeRow[]> {
+export async function dedupe(adapters?: readonly string[]): Promise<readonly DedupeRow[]> {
   const rows: DedupeRow[] = [];
-  for (const [adapter, connect] of Object.entries(OPEN)) {
-    if (!adapters.some((wanted) => adapter.startsWith(wanted))) continue;
-    const folder = await Deno.makeTempDir({ prefix: "effectonce-bench-" });
-    rows.push(...await againstBase(adapter, connect, folder), await againstSize(adapter, connect, folder));
-    await Deno.remove(folder, { recursive: true });
-  }
-  return rows;
-}
-
-async function againstBase(adapter: string, connect: (path: string) => Client, folder: string): Promise<DedupeRow[]> {
-  const { client, store } = await open(connect, `${folder}/app.db`);
-  const insert = client.prepare("insert into orders values (?, ?)");
-  const handle = client.prepare("insert into handled values (?, ?) on conflict do nothing");
-  const [begin, commit] = [client.prepare("begin immediate"), client.prepare("commit")];
-  let serial = 0;
-  const keys = (n: number) => Array.from({ length: n }, () => ({ scope: "bench", key: `order-${serial++}` }));
-
-  const bare = (n: number, byHand: boolean) => {
-    begin.run();
-    for (const { key } of keys(n)) {
-      if (byHand) handle.run(key, Date.now());
-      insert.run(key, 5);
-    }
-    commit.run();
-    return Promise.resolve();
-  };
-  const claimed = (n: number, result: boolean) =>
-    store.transaction(async (effects) => {
-      const all = keys(n);
-      if (n === 1) await effects.claim(all[0]!);
-      else await effects.claimAll(all);
-      for (const { key } of all) insert.run(key, 5);
-      if (result) await effects.complete(all[0]!, { id: "payment-1" });
-    });
-  const cases = [
-    { name: "single", n: 1, times: 300, result: false },
-    { name: "batch of 100", n: 100, times: 40, result: false },
-    { name: "single with result", n: 1, times: 300, result: true },
-  ];
-  const rows: DedupeRow[] = [];
-  for (const { name, n, times, result } of cases) {
-    const { base, hand, ours } = await inTurn(times, {
-      base: () => bare(n, false),
-      hand: () => bare(n, true),
-      ours: () => claimed(n, result),
-    });
-    rows.push({
-      adapter,
-      case: name,
-      baseUs: round(median(base), 1),
-      handUs: round(median(hand), 1),
-      dedupeUs: round(median(ours), 1),
-      ratio: ratioOf(ours, base),
-      handRatio: ratioOf(hand, base),
-    });
-  }
-  client.close();
-  return rows;
-}
-
-/** Whether a claim costs more when there are many: a million stored effects against ten thousand. */
-async function againstSize(adapter: string, connect: (path: string) => Client, folder: string): Promise<DedupeRow> {
-  const [few, many] = await Promise.all([10_000, 1_000_000].map(async (count) => {
-    const { client, store } = await open(connect, `${folder}/${count}.db`);
-    client.prepare(`with recursive n (i) as (select 1 union all select i + 1 from n where i < ${count})
-      insert into effectonce_effects (scope, key, changed_ms) select 'bench', 'order-' || (i * 7919 % ${count}), i from n`)
-      .run();
-    client.prepare("pragma wal_checkpoint(truncate)").get();
-    let serial = 0;
-    const claim = () =>
-      store.transaction(async (effects) => {
-        // Anywhere between those that are there, as ids are.
-        await effects.claim({ scope: "bench", key: `order-${(serial * 7907) % count}-${serial++}` });
+  for (const adapter of kitsOf(adapters)) {
+    const kit = await KITS[adapter]!();
+    for (const [name, { times, base, hand, ours }] of Object.entries(casesOn(kit))) {
+      const sides: Record<string, () => Promise<unknown>> = hand ? { base, hand, ours } : { base, ours };
+      const measured: Readonly<Record<string, readonly number[]>> = await inTurn(times, sides);
+      const byHand = measured["hand"];
+      rows.push({
+        adapter,
+        version: kit.version,
+        case: name,
+        baseUs: round(median(measured["base"]!), 1),
+        handUs: byHand ? round(median(byHand), 1) : null,
+        dedupeUs: round(median(measured["ours"]!), 1),
+        ratio: ratioOf(measured["ours"]!, measured["base"]!),
+        handRatio: byHand ? ratioOf(byHand, measured["base"]!) : null,
       });
-    return { client, claim };
-  }));
-  const measured = await inTurn(300, { few: few!.claim, many: many!.claim });
-  for (const { client } of [few!, many!]) client.close();
-  return {
-    adapter,
-    case: "single claim at 1,000,000 stored effects, against 10,000",
-    baseUs: round(median(measured.few), 1),
-    handUs: null,
-    dedupeUs: round(median(measured.many), 1),
-    ratio: ratioOf(measured.many, measured.few),
-    handRatio: null,
-  };
+    }
+    await kit.close();
+  }
+  return rows;
 }

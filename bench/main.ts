@@ -1,17 +1,20 @@
 /**
- * Benchmarks, as ratios taken side by side in one run: `deno task bench dedupe|relay|size [--json] [--adapters a,b]`. Each run
- * appends its raw results to `bench/results/`; `deno task bench readme` writes the README's figures from the last ones.
+ * Benchmarks, as ratios taken side by side in one run: `deno task bench dedupe|growth|relay|size [--json] [--adapters a,b]`. Each
+ * run appends its raw results to `bench/results/`; `deno task bench readme` writes the README's figures from the last ones.
  *
  * @module
  */
-import { DatabaseSync } from "node:sqlite";
+import { parseArgs as parse } from "node:util";
 import { dedupe } from "./dedupe.ts";
+import { growth } from "./growth.ts";
 import { writeFigures } from "./readme.ts";
 import { relays } from "./relay.ts";
 import { size } from "./size.ts";
 
-const BENCHES: Readonly<Record<string, (adapters: readonly string[] | undefined) => Promise<readonly object[]>>> = {
+type Bench = (adapters: readonly string[] | undefined, rows: number | undefined) => Promise<readonly object[]>;
+const BENCHES: Readonly<Record<string, Bench>> = {
   dedupe,
+  growth,
   relay: relays,
   size,
 };
@@ -32,11 +35,20 @@ function machineOf(): string {
 
 function versionsOf(): Readonly<Record<string, string>> {
   const { deno, v8 } = Deno.version;
-  const { version } = new DatabaseSync(":memory:").prepare("select sqlite_version() as version").get() as {
-    version: string;
-  };
-  const driver = JSON.parse(Deno.readTextFileSync(new URL("../node_modules/better-sqlite3/package.json", import.meta.url)));
-  return { deno, v8, "node:sqlite": version, "better-sqlite3": driver.version };
+  const driver = (name: string) =>
+    JSON.parse(Deno.readTextFileSync(new URL(`../node_modules/${name}/package.json`, import.meta.url))).version;
+  const drivers = ["better-sqlite3", "pg", "mysql2"].map((name) => [name, driver(name)]);
+  return { deno, v8, ...Object.fromEntries(drivers) };
+}
+
+/** @throws {RangeError} If they are not understood. */
+function parseArgs(args: readonly string[]) {
+  const { values } = parse({
+    args: [...args],
+    options: { json: { type: "boolean", default: false }, adapters: { type: "string" }, rows: { type: "string" } },
+  });
+  if (!bench || values.rows !== undefined && !/^[1-9]\d*$/.test(values.rows)) throw new RangeError("not understood");
+  return values;
 }
 
 const [name = "dedupe", ...rest] = Deno.args;
@@ -45,17 +57,19 @@ if (name === "readme" && rest.length === 0) {
   Deno.exit(0);
 }
 const bench = BENCHES[name];
-const at = rest.indexOf("--adapters");
-const known = rest.every((arg, i) => arg === "--json" || arg === "--adapters" || i === at + 1 && at >= 0);
-if (!bench || !known || at >= 0 && rest[at + 1] === undefined) {
-  console.error(`bench: use ${Object.keys(BENCHES).join(", ")}, with --json and --adapters A,B; or readme`);
+let flags: { readonly json: boolean; readonly adapters?: string; readonly rows?: string };
+try {
+  flags = parseArgs(rest);
+} catch {
+  console.error(`bench: use ${Object.keys(BENCHES).join(", ")}, with --json, --adapters A,B and --rows N; or readme`);
   Deno.exit(2);
 }
-const rows = await bench(at < 0 ? undefined : rest[at + 1]!.split(","));
+const rows = await bench!(flags.adapters?.split(","), flags.rows === undefined ? undefined : Number(flags.rows));
 await Deno.writeTextFile(
   new URL(`./results/${name}.jsonl`, import.meta.url),
   JSON.stringify({ at: new Date().toISOString(), machine: machineOf(), versions: versionsOf(), rows }) + "\n",
   { append: true },
 );
-if (rest.includes("--json")) console.log(JSON.stringify(rows));
+if (flags.json) console.log(JSON.stringify(rows));
 else console.table(rows);
+Deno.exit(0); // The connection that keeps the servers.

@@ -16,7 +16,7 @@ export interface Program {
   /** Its outbox. */
   outbox(options?: Options): ShardedOutbox;
   /** Makes the tables. */
-  migrate(options?: Options & { readonly shards?: number }): Promise<void>;
+  migrate(options?: Options & { readonly shards?: number; readonly accept?: boolean }): Promise<void>;
 }
 
 /** A fresh database. */
