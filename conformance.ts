@@ -1417,6 +1417,19 @@ export const sourceCases: readonly Case<SourceHarness>[] = [
     expect(times.every((time) => Number.isSafeInteger(time)), `valid times, got ${show(times)}`);
     expectEqual((await session.read(ALL)).messages.map(({ time }) => time.getTime()), times, "the times read again");
   }),
+  sourceCase("ids and keys are compared byte for byte", async ({ source, enqueue }) => {
+    const texts = ["a", "A", "a ", "á", "a\u0301", "𝄞", "𝄟"];
+    await enqueue(...texts.map((text) => ({ id: text, topic: "orders", key: text, value: 1 })));
+    await enqueue(...texts.map((text) => ({ id: `${text}2`, topic: "orders", key: text, value: 2 })));
+    const session = await source().open(RELAY);
+    const { messages } = await session.read(ALL);
+    expectEqual(idsOf(messages), [...texts, ...texts.map((text) => `${text}2`)], "the messages");
+    await session.park([{ message: only(messages, "a"), reason: "refused", retryMs: null }]);
+    const others = texts.slice(1);
+    await reads(session, [...others, ...others.map((text) => `${text}2`)], "the messages of other keys");
+    await session.settle(messages.filter(({ id }) => id === "A"));
+    await reads(session, [...others.slice(1), ...others.map((text) => `${text}2`)], "what is left of them");
+  }),
   sourceCase("a message without an id is given one of its own", async ({ source, enqueue }) => {
     await enqueue(...range(1, 20).map(() => ({ topic: "orders", value: 1 })));
     const { messages } = await (await source().open(RELAY)).read(ALL);

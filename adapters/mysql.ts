@@ -55,8 +55,8 @@ export interface MysqlQuery {
   rowsAsArray?: boolean;
   /** Not by table. */
   nestTables?: boolean;
-  /** By the driver's own rules. */
-  typeCast?: boolean;
+  /** By the driver's own rules: a function of the pool's would be asked where the query has none. */
+  typeCast?: (field: unknown, next: () => unknown) => unknown;
 }
 
 /** What this adapter calls of a connection. */
@@ -376,10 +376,14 @@ function createServer<Client>(pool: MysqlPool, options: MysqlOptions): SqlServer
 }
 
 /** Rows as objects of plain values, whatever the pool was told. */
-const PLAIN = { rowsAsArray: false, nestTables: false, typeCast: true };
+const PLAIN = { rowsAsArray: false, nestTables: false, typeCast: (_field: unknown, next: () => unknown) => next() };
 
 async function checkCharacters(name: string, run: Run): Promise<void> {
-  const [row] = await run("select @@character_set_results as results, @@version as version");
+  const [row] = await run("select @@character_set_results as results, @@autocommit as autocommit");
+  if (Number(row!["autocommit"]) !== 1) {
+    const why = "its connections do not commit by themselves";
+    throw new EffectError("source_invalid", `Cannot use ${name}: ${why}. Let the pool leave autocommit at 1`);
+  }
   if (row!["results"] === null || row!["results"] === "utf8mb4") return;
   const why = `its connections are of the character set ${row!["results"]}, and texts would come out changed`;
   throw new EffectError("source_invalid", `Cannot use ${name}: ${why}. Let the pool use utf8mb4, which is its default`);
@@ -444,6 +448,7 @@ function migrations(tables: Tables, flavor: MysqlFlavor): readonly (readonly str
       `alter table ${outbox} ${
         [
           ...existing.seq ? [] : [`${c.seq} bigint not null auto_increment unique`],
+          ...existing.createdAt ? [] : [`${c.createdAt} datetime(6) not null default (utc_timestamp(6))`],
           `${c.state} ${state}`,
           `${c.untilMs} bigint not null default 0`,
           `${c.reason} text`,

@@ -249,11 +249,18 @@ function createConnections(source: PostgresPool | PostgresDatabase, name: string
     };
     return <T>(use: (connection: Connection<unknown>) => Promise<T>): Promise<T> =>
       turns(waitMs, async () => {
-        // Else our COMMIT would be the application's.
-        const { rows: [row] } = await connection.script("select now() < statement_timestamp() as open");
-        if (row!["open"] !== true) return await use(connection);
+        // Else our COMMIT would be the application's. Not by times: PGlite's clock stands still within a millisecond.
+        const probe = async () => {
+          await connection.script("set local effectonce.open = 'yes'"); // Is left only where a transaction is open.
+          const { rows: [row] } = await connection.script("select current_setting('effectonce.open', true) as open");
+          return row!["open"] === "yes";
+        };
+        const over = new AbortController();
+        const late = realRuntime.sleep(waitMs, over.signal).then(() => undefined);
+        const open = await Promise.race([probe(), late]).finally(() => over.abort());
+        if (open === false) return await use(connection);
         const why = "A transaction is open on the only connection";
-        throw new EffectError("source_invalid", `${why} of ${name}: commit it first, or join it`);
+        throw new EffectError(open ? "source_invalid" : "busy", `${why} of ${name}: commit it first, or join it`);
       });
   }
   return async <T>(use: (connection: Connection<unknown>) => Promise<T>): Promise<T> => {
@@ -509,6 +516,9 @@ function migrations(tables: Tables): readonly (readonly string[])[] {
   const ofOutbox = existing
     ? [
       ...existing.seq ? [] : [`alter table ${outbox} add column if not exists ${c.seq} bigint generated always as identity`],
+      ...existing.createdAt
+        ? []
+        : [`alter table ${outbox} add column if not exists ${c.createdAt} timestamptz not null default clock_timestamp()`],
       `alter table ${outbox} add column if not exists ${c.state} text not null default 'pending'
   check (${c.state} in (${STATES}))`,
       `alter table ${outbox} add column if not exists ${c.untilMs} bigint not null default 0`,

@@ -28,6 +28,7 @@ import {
   type Protocol,
   type ReadLimits,
   realRuntime,
+  type RegisteredRelay,
   type RunSql,
   type Source,
   type SourceOptions,
@@ -77,7 +78,11 @@ export interface Dialect {
   readonly json: string;
   /** A part of an effect's key, or a relay's name, as it is bound. */
   name(text: string): SqlValue;
-  /** @throws {RangeError} If the server's columns have no room for a message's id, topic or key. */
+  /**
+   * Looks whether the server's columns have room for a message's id, topic or key.
+   *
+   * @throws {RangeError} If not.
+   */
   checkText(text: string): void;
   /** The first byte of the SHA-256 of a text, which is the same everywhere: MySQL 9.6 has no MD5 any more. */
   bucket(expression: string): string;
@@ -194,7 +199,11 @@ export interface ExistingOutbox {
   readonly headers?: string;
   /** Columns that become headers, by the name of the header: `{ eventType: "type" }`. */
   readonly headerColumns?: Readonly<Record<string, string>>;
-  /** The column of the time at which a message was enqueued, if there is one. */
+  /**
+   * The column of the time at which a message was enqueued, in UTC.
+   *
+   * @default {"effectonce_created_at"} One is added.
+   */
   readonly createdAt?: string;
 }
 
@@ -228,7 +237,7 @@ export interface Tables {
     readonly key: string;
     readonly value: string;
     readonly headers: string | undefined;
-    readonly createdAt: string | undefined;
+    readonly createdAt: string;
     readonly state: string;
     readonly untilMs: string;
     readonly reason: string;
@@ -239,7 +248,11 @@ export interface Tables {
 
 const quoted = (name: string): string => `"${name}"`;
 
-/** @throws {RangeError} If a name is none. */
+/**
+ * The names of the tables, quoted.
+ *
+ * @throws {RangeError} If a name is none.
+ */
 export function tablesOf({ schema, prefix = "effectonce_", outbox }: TableOptions): Tables {
   const columns = outbox &&
     [outbox.seq, outbox.id, outbox.topic, outbox.key, outbox.value, outbox.headers, outbox.createdAt];
@@ -271,7 +284,7 @@ export function tablesOf({ schema, prefix = "effectonce_", outbox }: TableOption
       key: quoted(outbox?.key ?? "key"),
       value: quoted(outbox?.value ?? "value"),
       headers: outbox ? optional(outbox.headers) : quoted("headers"),
-      createdAt: outbox ? optional(outbox.createdAt) : quoted("created_at"),
+      createdAt: outbox?.createdAt ? quoted(outbox.createdAt) : own("created_at"),
       state: own("state"),
       untilMs: own("until_ms"),
       reason: own("reason"),
@@ -315,7 +328,11 @@ export async function setShards(name: string, tables: Tables, { run, now }: Tran
 /** Version of the tables that this package knows. */
 export const VERSION = 1;
 
-/** @throws {EffectError} `schema_missing`, `schema_newer` unless the tables are of the version that this package knows. */
+/**
+ * Looks whether the tables are of the version that this package knows.
+ *
+ * @throws {EffectError} `schema_missing` or `schema_newer` if they are not.
+ */
 export function checkVersion(name: string, found: number): void {
   if (found > VERSION) {
     throw new EffectError(
@@ -349,13 +366,14 @@ export async function patiently<T>(
   { isBusy, isAway }: Failures,
   run: () => Promise<T>,
 ): Promise<T> {
-  const until = realRuntime.now() + waitMs;
+  let until: number | undefined; // From the first failure: what takes long by itself is tried again as well.
   for (let attempt = 1;; attempt++) {
     try {
       return await run();
     } catch (error) {
       const busy = error instanceof LostRace || isBusy(error);
       if (!busy && !isAway(error)) throw error;
+      until ??= realRuntime.now() + waitMs;
       if (realRuntime.now() > until) {
         const why = busy ? "has been busy with other transactions" : "could not be reached";
         const message = `${name} ${why} for ${waitMs} ms: ${error instanceof Error ? error.message : error}`;
@@ -420,10 +438,13 @@ function toEffect(row: Row): EffectRow {
   };
 }
 
+/** A reason comes from anywhere, and PostgreSQL has no text with U+0000. */
+const storable = (reason: string | null): string | null => reason === null ? null : reason.replaceAll("\0", "\ufffd");
+
 function fromEffect(row: EffectRow, { name }: Dialect): SqlValue[] {
   const { state, fence, attempt, generation, untilMs, firstMs, doubt, fingerprint, request, result, reason } = row;
   const start = [name(row.scope), name(row.key), state, fence, attempt, generation, untilMs, firstMs, doubt, fingerprint];
-  return [...start, request, result, row.resultOmitted, reason, row.evidence, row.changedMs];
+  return [...start, request, result, row.resultOmitted, storable(reason), row.evidence, row.changedMs];
 }
 
 const toPosition = (row: Row): Position => ({
@@ -876,7 +897,7 @@ export function sqlOutbox(server: SqlServer<never>, options: SqlOutboxOptions = 
     `${tables.existing ? dialect.text(`o.${c.key}`) : `o.${c.key}`} as message_key`,
     `${valueOf("o")} as value`,
     `${c.headers ? dialect.text(`o.${c.headers}`) : "'{}'"} as headers`,
-    `${c.createdAt ? dialect.time(`o.${c.createdAt}`) : "null"} as created_at`,
+    `${dialect.time(`o.${c.createdAt}`)} as created_at`,
     ...headersOf.map(([, column], i) => `${dialect.text(`o."${column}"`)} as header_${i}`),
   ].join(", ");
 
@@ -895,7 +916,7 @@ export function sqlOutbox(server: SqlServer<never>, options: SqlOutboxOptions = 
       key: optionalText(row["message_key"]),
       value: bytesOf(row["value"]),
       headers,
-      time: row["created_at"] === null ? new Date(NaN) : new Date(textOf(row["created_at"])),
+      time: new Date(textOf(row["created_at"])),
     });
   }
 
@@ -997,7 +1018,7 @@ export function sqlOutbox(server: SqlServer<never>, options: SqlOutboxOptions = 
       await transaction.run(
         `update ${outbox} set ${c.state} = ?, ${c.untilMs} = ?, ${c.reason} = ?
           where ${c.id} = ? and ${c.state} <> 'delivered'`,
-        [state, Math.floor(transaction.now()) + (retryMs ?? 0), reason, message.id],
+        [state, Math.floor(transaction.now()) + (retryMs ?? 0), storable(reason), message.id],
       );
       if (state === "parked" && onPark === "skip") await unblock(transaction, [message.key], onPark);
     }
@@ -1433,7 +1454,7 @@ export function sqlOutbox(server: SqlServer<never>, options: SqlOutboxOptions = 
       const of = (...states: readonly string[]) => states.reduce((sum, state) => sum + (counts.get(state) ?? 0), 0);
       let oldestMs: number | null = null;
       for (const state of ["pending", "waiting", "blocked"]) {
-        if (!c.createdAt || of(state) === 0) continue;
+        if (of(state) === 0) continue;
         const [row] = await run(`select ${dialect.time(`o.${c.createdAt}`)} as created_at, ${clock} as now_ms
           from ${outbox} o where o.${c.state} = '${state}'${among(topics, "o.")} order by o.${c.seq} limit 1`);
         if (row) oldestMs = Math.max(oldestMs ?? 0, Number(row["now_ms"]) - Date.parse(textOf(row["created_at"])));
@@ -1466,16 +1487,18 @@ export function sqlOutbox(server: SqlServer<never>, options: SqlOutboxOptions = 
       }, LOCK_ALL),
     async relays() {
       const [now] = await run(`select ${clock} as now_ms`);
-      const found = [];
+      // Sessions of one relay, such as those of its shards, are one.
+      const found = new Map<string, RegisteredRelay>();
       for (const stored of await registrations({ run })) {
         const { relay, protocol, topics, untilMs } = stored;
         const live = untilMs > Number(now!["now_ms"]);
         if (!live && !await leaves({ run }, stored)) continue;
         const batches = await run(`select "rows" from ${tables.batches} where relay = ?`, [dialect.name(relay)]);
         const sealed = batches.reduce((sum, row) => sum + JSON.parse(textOf(row["rows"])).length, 0);
-        found.push({ relay, protocol, topics, live, sealed });
+        const id = JSON.stringify([relay, protocol, topics]);
+        found.set(id, { relay, protocol, topics, live: live || (found.get(id)?.live ?? false), sealed });
       }
-      return found;
+      return [...found.values()];
     },
     forget: (relay) =>
       write(async (transaction) => {

@@ -725,6 +725,21 @@ const sourceFaults: Readonly<Record<string, SourceFault>> = {
   "read() gives a message as it was enqueued": messagesRead((messages) =>
     messages.map((message) => createMessage({ ...message, headers: {} }))
   ),
+  // As a collation does that takes case and trailing blanks for nothing.
+  "ids and keys are compared byte for byte": sessions(({ read, park }) => {
+    const alike = (key: string | null) => key?.trimEnd().toLowerCase();
+    const held = new Set<string | undefined>();
+    return {
+      async park(parks) {
+        await park(parks);
+        for (const { message } of parks) held.add(alike(message.key));
+      },
+      async read(limits) {
+        const answer = await read(limits);
+        return { ...answer, messages: answer.messages.filter(({ key }) => key === null || !held.has(alike(key))) };
+      },
+    };
+  }),
   "a message without an id is given one of its own": messagesRead((messages) =>
     messages.map((message) => createMessage({ ...message, id: "none" }))
   ),
