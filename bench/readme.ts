@@ -3,7 +3,9 @@
  *
  * @module
  */
+import { dedupeChart, growthChart, relayChart } from "./chart.ts";
 import type { DedupeRow } from "./dedupe.ts";
+import type { GrowthRow } from "./growth.ts";
 import type { RelayRow } from "./relay.ts";
 
 interface Result<Row> {
@@ -30,15 +32,22 @@ const grouped = (value: number): string => value.toLocaleString("en");
 /** The figures, in Markdown. */
 export async function figures(): Promise<string> {
   const dedupe = await last<DedupeRow>("dedupe");
+  const growth = await last<GrowthRow>("growth");
   const relay = await last<RelayRow>("relay");
   const size = await last<{ readonly gzipBytes: number }>("size");
-  const us = (value: number | null) => value === null ? "" : `${value} µs`;
+  const us = (value: number | null) => value === null ? "" : `${grouped(value)} µs`;
   const times = (value: number | null) => value === null ? "" : `${value.toFixed(2)} ×`;
+  const { deno, ...drivers } = dedupe.versions;
+  const versions = Object.entries(drivers).filter(([name]) => name !== "v8").map(([name, version]) => `${name} ${version}`);
+  const servers = new Map(dedupe.rows.map(({ adapter, version }) => [adapter.split("/")[0], version]));
   return [
-    `Measured on ${dedupe.machine}; deno ${dedupe.versions.deno}, better-sqlite3 ${dedupe.versions["better-sqlite3"]}.`,
+    `Measured on ${dedupe.machine}; deno ${deno}, ${versions.join(", ")}; ` +
+    `${Array.from(servers, ([name, version]) => `${name} ${version}`).join(", ")}, each as it comes, on the same machine.`,
     "",
     "What the dedupe row costs: one transaction with an insert of the application, without a claim, with a dedupe row written " +
-    "by hand (a key and a time), and with `effects.claim`. Commits are durable in all three.",
+    "by hand (a key and a time; for a batch all in one statement on the servers), and with `effects.claim`. Commits are durable in all three.",
+    "",
+    "![What a claim costs, by database](docs/figures/dedupe.svg)",
     "",
     table(
       ["adapter, case", "without", "by hand", "with a claim", "by hand / without", "claim / without"],
@@ -52,16 +61,47 @@ export async function figures(): Promise<string> {
       ]),
     ),
     "",
-    "A relay that drains an outbox in SQLite (200 bytes a value, `node:sqlite`), one process each; the target is a local HTTP " +
-    "server that does nothing:",
+    "Whether it costs more where there is more, against 10,000 rows:",
+    "",
+    "![What more rows cost, by database](docs/figures/growth.svg)",
+    "",
+    table(
+      ["adapter, case", "rows", "at 10,000", "at so many", ""],
+      growth.rows.map((row) => [
+        `${row.adapter}, ${row.case}`,
+        grouped(row.rows),
+        us(row.fewUs),
+        us(row.manyUs),
+        times(row.ratio),
+      ]),
+    ),
+    "",
+    "A relay that drains an outbox (200 bytes a value), one process each; the target is a local HTTP server that does nothing:",
+    "",
+    "![How fast a relay drains an outbox](docs/figures/relay.svg)",
     "",
     table(
       ["", "rows", "rows/s", "peak memory"],
-      relay.rows.map((row) => [row.case, grouped(row.rows), grouped(row.rowsPerSecond), `${row.peakMb} MB`]),
+      relay.rows.map((
+        row,
+      ) => [`${row.adapter}, ${row.case}`, grouped(row.rows), grouped(row.rowsPerSecond), `${row.peakMb} MB`]),
     ),
     "",
     `\`mod.ts\`, minified and compressed: ${(size.rows[0]!.gzipBytes / 1000).toFixed(1)} kB.`,
   ].join("\n");
+}
+
+/** Draws the charts that the README shows. */
+async function drawCharts(): Promise<void> {
+  const charts = {
+    dedupe: dedupeChart((await last<DedupeRow>("dedupe")).rows),
+    growth: growthChart((await last<GrowthRow>("growth")).rows),
+    relay: relayChart((await last<RelayRow>("relay")).rows),
+  };
+  await Deno.mkdir(new URL("../docs/figures", import.meta.url), { recursive: true });
+  for (const [name, svg] of Object.entries(charts)) {
+    await Deno.writeTextFile(new URL(`../docs/figures/${name}.svg`, import.meta.url), await svg);
+  }
 }
 
 /** The README with its figures as they should be. */
@@ -73,6 +113,7 @@ export async function withFigures(readme: string): Promise<string> {
 
 /** Puts the figures into the README. */
 export async function writeFigures(): Promise<void> {
+  await drawCharts();
   const path = new URL("../README.md", import.meta.url);
   await Deno.writeTextFile(path, await withFigures(await Deno.readTextFile(path)));
   await new Deno.Command(Deno.execPath(), { args: ["fmt", "-q", path.pathname] }).output();
