@@ -21,13 +21,32 @@ import { RELAYS } from "./cli/relays.ts";
 const COMMANDS: Readonly<Record<string, Command>> = {
   init: {
     summary: "create or upgrade the tables; harmless to repeat",
-    flags: { store: STORE, json: JSON_OUT },
+    flags: {
+      store: STORE,
+      shards: { kind: "number", min: 1, max: 256, help: "over how many relays to share the messages out (as it is; 1)" },
+      "no-notify": { kind: "switch", help: "of postgres: an INSERT does not wake relays, which look every --poll-ms" },
+      json: JSON_OUT,
+    },
     example: "init --store sqlite:app.db",
-    run: (flags) =>
-      using(flags, async (database) => {
-        await database.migrate();
+    run(flags) {
+      flags.given("store");
+      const url = flags.url("store")!;
+      for (
+        const [name, schemes, what] of [
+          ["no-notify", /^postgres(ql)?:/i, "postgres:"],
+          ["shards", /^(postgres(ql)?|mysql|mariadb):/i, "postgres:, mysql: and mariadb:"],
+        ] as const
+      ) {
+        // A variable holds for all commands of a process, whatever their databases are.
+        if (flags.layer.get(name)?.source !== "flag" || schemes.test(url)) continue;
+        throw new UsageError(`${flags.label(name)} is for ${what} databases`);
+      }
+      const options = { notify: !flags.on("no-notify"), shards: flags.number("shards") };
+      return using(flags, async (database) => {
+        await database.migrate(options);
         print(flags, { store: database.name, ready: true }, `${database.name} is ready`);
-      }, true),
+      }, { create: true });
+    },
   },
   enqueue: ENQUEUE,
   relay: RELAY,
@@ -37,7 +56,7 @@ const COMMANDS: Readonly<Record<string, Command>> = {
   prune: PRUNE,
   schema: {
     summary: "the SQL of the tables, for your own migrations",
-    flags: { store: { ...STORE, help: "the kind of database, such as sqlite:" } },
+    flags: { store: { ...STORE, help: "the kind of database: sqlite:, postgres:, mysql: or mariadb:" } },
     example: "schema --store sqlite:",
     run: (flags) => {
       write(schemaOf(flags.label("store"), flags.url("store")!));
@@ -71,6 +90,7 @@ function usage(prefix = ""): string {
   return `effectonce: exactly-once effects between a log and the outside world\n\n` +
     names.map((name) => `  ${name.padEnd(width)}${COMMANDS[name]!.summary}\n`).join("") +
     `\nHelp for one: COMMAND --help; the version: --version\n` +
+    `Databases: sqlite:app.db, postgres://user:password@host:5432/database, mysql://… or mariadb://…\n` +
     `Flags are read from the environment too: --lease-ms is EFFECTONCE_LEASE_MS\n` +
     `Exit codes: 0 done, 1 failed, 2 usage\n`;
 }

@@ -140,8 +140,8 @@ const dialect: Dialect = {
   bytes: (expression, stored) => stored === "bytes" ? expression : `cast(convert(${expression} using utf8mb4) as binary)`,
   // A restored dump has made another table, at another time.
   place: ({ prefix, schema }) => ({
-    sql: `select unix_timestamp(create_time) as place from information_schema.tables
-      where table_schema = ${schema === undefined ? "database()" : literal(schema)} and table_name = ?`,
+    sql: `select (select unix_timestamp(create_time) from information_schema.tables
+      where table_schema = ${schema === undefined ? "database()" : literal(schema)} and table_name = ?) as place`,
     values: [`${prefix}meta`],
   }),
   json: "?",
@@ -153,7 +153,9 @@ const dialect: Dialect = {
     return { condition: `(scope > ? or (scope = ? and "key" > ?))`, values: [first, first, second] };
   },
   // With values(): the newer alias is not known to MariaDB.
-  replace: ` on duplicate key update ${EFFECT_COLUMNS.map((column) => `${column} = values(${column})`).join(", ")}`,
+  replace: ` on duplicate key update ${
+    [...EFFECT_COLUMNS, "token"].map((column) => `${column} = values(${column})`).join(", ")
+  }`,
   latest: " lock in share mode",
   checkText(text) {
     const { length } = [...text];
@@ -190,6 +192,7 @@ const dialect: Dialect = {
 // ------------------------------------------------------------------------------------------------------------ connections
 
 const DUPLICATE = 1062;
+const DUPLICATE_COLUMN = 1060;
 // Lock wait time-out, deadlock, record changed since the snapshot (MariaDB), no wait.
 const ENDED = [1205, 1213, 1020, 3572];
 // Too many connections, shut down, read only, gone, lost; the server's own codes for a broken connection.
@@ -298,7 +301,7 @@ function createServer<Client>(pool: MysqlPool, options: MysqlOptions): SqlServer
   const again = <T>(run: () => Promise<T>): Promise<T> => named(name, tables, patiently(name, waitMs, failures, run));
   async function rollback({ run }: Connection, cause: unknown, after?: string): Promise<never> {
     try {
-      if (!failures.isAway(cause)) {
+      if (!(cause instanceof Broken || failures.isAway(cause))) {
         await run("rollback");
         if (after) await run(after);
       }
@@ -326,7 +329,8 @@ function createServer<Client>(pool: MysqlPool, options: MysqlOptions): SqlServer
             const [clock, since] = [Number(row!["now_ms"]), realRuntime.now()];
             const answer = await change({ run, now: () => clock + realRuntime.now() - since });
             await run("commit");
-            await run(unlimit);
+            // It is committed, whatever becomes of the connection.
+            await run(unlimit).catch(() => connection.connection.destroy());
             return answer;
           } catch (error) {
             return await rollback(connection, error, unlimit);
@@ -462,7 +466,7 @@ function migrations(tables: Tables, flavor: MysqlFlavor): readonly (readonly str
   topic ${text} not null ${length("topic")},
   "key" ${text} ${length(`"key"`)},
   value longblob,
-  headers json not null default ('{}') check (json_type(headers) = 'OBJECT'),
+  headers json not null default ('{}') check (json_valid(headers) and json_type(headers) = 'OBJECT'),
   created_at datetime(6) not null default (utc_timestamp(6)),
   state ${state} check (state in (${STATES})),
   until_ms bigint not null default 0,
@@ -594,7 +598,12 @@ export async function migrateMysql(pool: MysqlPool, options: MysqlMigration = {}
     if (version > VERSION) checkVersion(name, version);
     const [server] = await run("select version() as version");
     const flavor = /mariadb/i.test(String(server!["version"])) ? "mariadb" : "mysql";
-    for (const statement of migrations(tables, flavor).slice(version).flat()) await run(statement);
+    for (const statement of migrations(tables, flavor).slice(version).flat()) {
+      // One ALTER adds all columns of an outbox that was there: if it has one, a migration that was broken off did it.
+      await run(statement).catch((error) => {
+        if (!numbersOf(error).includes(DUPLICATE_COLUMN)) throw error;
+      });
+    }
     const insert = `insert into ${tables.meta} (name, value) values (?, ?) on duplicate key update value = `;
     await run(`${insert} value`, ["outbox_id", crypto.randomUUID()]);
     await run(`${insert} values(value)`, ["schema_version", String(VERSION)]); // Last: what was broken off is repeated.

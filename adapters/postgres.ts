@@ -176,7 +176,7 @@ const dialect: Dialect = {
   bucket: (expression) => `get_byte(sha256(convert_to((${expression})::text, 'UTF8')), 0)`,
   after: ({ scope, key }) => ({ condition: `(scope, "key") > (?, ?)`, values: [scope, key] }),
   replace: ` on conflict (scope, "key") do update set ${
-    EFFECT_COLUMNS.map((column) => `${column} = excluded.${column}`).join(", ")
+    [...EFFECT_COLUMNS, "token"].map((column) => `${column} = excluded.${column}`).join(", ")
   }`,
   latest: "",
   checkText: () => {},
@@ -352,7 +352,7 @@ function createServer<Client>(source: PostgresPool | PostgresDatabase, options: 
   const again = <T>(run: () => Promise<T>): Promise<T> => named(name, tables, patiently(name, waitMs, failures, run));
   async function rollback({ script }: Connection<unknown>, cause: unknown): Promise<never> {
     try {
-      if (!failures.isAway(cause)) await script("rollback");
+      if (!(cause instanceof Broken || failures.isAway(cause))) await script("rollback");
     } catch {
       throw new Broken("rollback failed", { cause });
     }

@@ -15,6 +15,7 @@ import {
   type EffectKey,
   type EffectRow,
   type EffectState,
+  type EffectStep,
   type EffectStore,
   type EffectTransaction,
   encodeMessage,
@@ -660,13 +661,18 @@ export function sqlStore<Client>(server: SqlServer<Client>): EffectStore<Client>
   }
   const claims = claimStore({
     name,
-    change: (steps) =>
-      write(async (transaction) => {
+    change<T>(steps: readonly { readonly key: EffectKey; readonly step: EffectStep<T> }[]) {
+      // What an attempt would have answered whose COMMIT may have arrived, though its own answer was lost, by its token.
+      const before = new Map<number, readonly T[]>();
+      return write(async (transaction) => {
+        const token = randomToken();
         const found = new Map<string, EffectRow>();
         for (const portion of portions(distinct(steps.map(({ key }) => key)))) {
           const { sql: condition, values } = anyOf(portion, dialect);
-          const select = `select ${columns} from ${table} where ${condition} order by scope, "key" for update`;
+          const select = `select ${columns}, token from ${table} where ${condition} order by scope, "key" for update`;
           for (const stored of await transaction.run(select, values)) {
+            const answers = before.get(Number(stored["token"]));
+            if (answers) return answers;
             const row = toEffect(stored);
             found.set(joined(row), row);
           }
@@ -685,16 +691,18 @@ export function sqlStore<Client>(server: SqlServer<Client>): EffectStore<Client>
         });
         for (const [rows, isNew] of [[inserts, true], [updates, false]] as const) {
           for (const portion of portions(distinct([...rows.values()]))) {
-            const values = portion.flatMap((key) => fromEffect(rows.get(joined(key))!, dialect));
-            const insert = `insert into ${table} (${columns}) values ${rowsOf(portion.length, COLUMNS.length)}`;
+            const values = portion.flatMap((key) => [...fromEffect(rows.get(joined(key))!, dialect), token]);
+            const insert = `insert into ${table} (${columns}, token) values ${rowsOf(portion.length, COLUMNS.length + 1)}`;
             if (!isNew) await transaction.run(insert + dialect.replace, values);
             else if (!await dialect.insertNew(transaction.run, insert, values, portion.length)) {
               throw new LostRace("another caller has claimed one of these effects");
             }
           }
         }
+        before.set(token, answers);
         return answers;
-      }),
+      });
+    },
     async list({ state, scope, key, limit, after }) {
       const conditions: string[] = [];
       const values: SqlValue[] = [];
@@ -1135,9 +1143,12 @@ export function sqlOutbox(server: SqlServer<never>, options: SqlOutboxOptions = 
         const covered = !topics || theirs?.every((topic) => topics.includes(topic));
         if (leavesNothing || covered) await run(`delete from ${tables.relays} where instance = ?`, [other.instance]);
       }
-      await run(
+      // It is there already where the answer to an earlier COMMIT was lost.
+      await dialect.insertNew(
+        run,
         `insert into ${tables.relays} (instance, relay, protocol, topics, until_ms) values (?, ?, ?, ?, ?)`,
         [instance, ...owner, protocol, topics ? JSON.stringify(topics.toSorted()) : null, Math.floor(now()) + leaseMs],
+        1,
       );
       const shards = await run(`select relay from ${tables.shards} where ${shardRow}`, owner);
       if (shards.length === 0) await run(`insert into ${tables.shards} (relay, shard) values (?, ${shard})`, owner);
@@ -1262,7 +1273,11 @@ export function sqlOutbox(server: SqlServer<never>, options: SqlOutboxOptions = 
     const session: SourceSession = {
       id,
       inherited,
-      wait: (ms, signal) => realRuntime.sleep(ms, AbortSignal.any([bell.signal, ...signal ? [signal] : []])),
+      async wait(ms, signal) {
+        await realRuntime.sleep(ms, AbortSignal.any([bell.signal, ...signal ? [signal] : []]));
+        // Told once: a relay that has enough in hand, or is to stop, does not look, and would wait here no more.
+        if (bell.signal.aborted) bell = new AbortController();
+      },
       async read(limits) {
         for (;;) {
           if (bell.signal.aborted) bell = new AbortController();

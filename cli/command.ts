@@ -3,8 +3,9 @@
  *
  * @module
  */
+import type { Database, OpenOptions } from "./database.ts";
 import type { Flag, Flags, FlagTable } from "./flags.ts";
-import { type Database, openDatabase } from "./open.ts";
+import { openDatabase } from "./open.ts";
 
 /** One command. */
 export interface Command {
@@ -21,7 +22,11 @@ export interface Command {
 }
 
 /** The database that a command is about. */
-export const STORE: Flag = { kind: "url", required: true, help: "the database, such as sqlite:app.db" };
+export const STORE: Flag = {
+  kind: "url",
+  required: true,
+  help: "the database: sqlite:app.db, postgres:…, mysql:…",
+};
 /** Prints for programs. */
 export const JSON_OUT: Flag = { kind: "switch", help: "print JSON" };
 
@@ -29,13 +34,13 @@ export const JSON_OUT: Flag = { kind: "switch", help: "print JSON" };
 export async function using(
   flags: Flags,
   run: (database: Database) => Promise<number | void>,
-  create = false,
+  options: OpenOptions = {},
 ): Promise<number> {
   flags.given("store");
-  const database = await openDatabase(flags.label("store"), flags.url("store")!, create);
+  const database = await openDatabase(flags.label("store"), flags.url("store")!, options);
   try {
     return await run(database) ?? 0;
   } finally {
-    database.close();
+    await database.close();
   }
 }

@@ -66,7 +66,7 @@ async function run(
   await Deno.mkdir(folder);
   const path = `${folder}/app.db`;
   const ledger = `${folder}/ledger.jsonl`;
-  const database = await openDatabase("--store", `sqlite:${path}`, true);
+  const database = await openDatabase("--store", `sqlite:${path}`, { create: true });
   const payments = start("./demo_payments.ts", [ledger, mode], "piped");
   try {
     await database.migrate();
@@ -124,7 +124,7 @@ async function run(
       kills,
     };
   } finally {
-    database.close();
+    await database.close();
     try {
       payments.kill("SIGKILL");
     } catch {

@@ -5,9 +5,10 @@
  */
 import { EffectError, type EffectRecord, type EffectState, type Json, type Outbox, type RegisteredRelay } from "../mod.ts";
 import { type Command, JSON_OUT, STORE, using } from "./command.ts";
+import type { Database } from "./database.ts";
 import { reason, UsageError } from "./errors.ts";
 import type { Flag, Flags } from "./flags.ts";
-import { type Database, openDatabase } from "./open.ts";
+import { openDatabase } from "./open.ts";
 import { print } from "./print.ts";
 
 const SCOPE: Flag = { kind: "text", value: "NAME", help: "the effect's scope, where several have the key: a relay's name" };
@@ -167,7 +168,7 @@ async function withOutbox(
   try {
     return await using(flags, (database) => run(database, (other ?? database).outbox({})));
   } finally {
-    other?.close();
+    await other?.close();
   }
 }
 

@@ -4,10 +4,11 @@
  * @module
  */
 import type { Outbox } from "../mod.ts";
+import type { Database } from "./database.ts";
 import { reason, UsageError } from "./errors.ts";
 import type { Flags } from "./flags.ts";
 import { shellUrl } from "./mask.ts";
-import { type Database, openDatabase, openSink } from "./open.ts";
+import { openDatabase, openSink } from "./open.ts";
 
 /** A relay whose flags make sense together; nothing is open yet. */
 export interface Plan {
@@ -46,14 +47,18 @@ export interface Ends {
   readonly advice: string;
 }
 
-/** Opens the databases of a relay, each on a connection of its own, and has them closed at the end. */
-export async function openEnds(flags: Flags, closing: DisposableStack): Promise<Ends> {
+/**
+ * Opens the databases of a relay, each on connections of its own, and has them closed at the end.
+ *
+ * @param mayBeAway Whether their servers may be away: the relay waits for them.
+ */
+export async function openEnds(flags: Flags, closing: AsyncDisposableStack, mayBeAway = false): Promise<Ends> {
   const databases: Database[] = [];
   const open = async (name: "from" | "store") => {
-    const database = await openDatabase(flags.label(name), flags.url(name)!);
+    const database = await openDatabase(flags.label(name), flags.url(name)!, { mayBeAway });
     closing.defer(() => database.close());
     // A store that is not one should not be found out only with the first message.
-    await database.store.list({ limit: 1 });
+    if (!database.away) await database.store.list({ limit: 1 });
     databases.push(database);
     return database;
   };

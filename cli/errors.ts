@@ -29,8 +29,11 @@ export function sentencesOf(error: unknown, help: string): string {
   return code === undefined ? sentence : `${sentence}\nSee ${pageOf(code)}`;
 }
 
-/** By name, as two installed copies of a package make `instanceof` lie; the cause too, where a command said more. */
-function codeOf(error: unknown): string | undefined {
+/**
+ * The code of an `EffectError`: by name, as two installed copies of a package make `instanceof` lie; the cause's too, where a
+ * command said more.
+ */
+export function codeOf(error: unknown): string | undefined {
   for (let layer = error; layer instanceof Error; layer = layer.cause) {
     if (layer.name === "EffectError" && "code" in layer) return String(layer.code);
   }

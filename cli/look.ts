@@ -6,10 +6,10 @@
 import { guarantee, type Outbox } from "../mod.ts";
 import { type Command, JSON_OUT, STORE, using } from "./command.ts";
 import { relaysOf } from "./config.ts";
+import type { Database } from "./database.ts";
 import { STATES } from "./effects.ts";
 import { blaming, openEnds, planOf } from "./ends.ts";
 import type { Flags } from "./flags.ts";
-import type { Database } from "./open.ts";
 import { print, seconds } from "./print.ts";
 import { RELAY_FLAGS } from "./relay_flags.ts";
 import { linesOf } from "./relays.ts";
@@ -40,7 +40,7 @@ interface Found {
 }
 
 async function diagnose(flags: Flags): Promise<Found> {
-  using closing = new DisposableStack();
+  await using closing = new AsyncDisposableStack();
   const { sink } = planOf(flags);
   const { source, store, databases } = await openEnds(flags, closing);
   const promise = guarantee(source, sink, flags.on("allow-duplicates") ? undefined : store);
@@ -87,7 +87,7 @@ export const STATUS: Command = {
   run: (flags) =>
     flags.has("config")
       ? eachRelay(flags, async (flags) => {
-        using closing = new DisposableStack();
+        await using closing = new AsyncDisposableStack();
         const { source, store } = await openEnds(flags, closing);
         return await standing(source, store, flags.text("name"));
       })

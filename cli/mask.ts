@@ -9,6 +9,15 @@ const HIDDEN = "***";
 /** Whether it only names a variable: that is no secret, but what is none of a variable's name may be one. */
 const isVariable = (text: string): boolean => /^env:[A-Za-z_]\w*$/.test(text);
 
+/** Parameters of databases that are no secrets. */
+const SHOWN = /^(driver|schema|prefix|outbox|columns|layout|stored|pool|sslmode|sslrootcert|listen)$/;
+
+/** A query without its values, but for those that say which database is meant. */
+function maskedQuery(scheme: string, query: string): string {
+  const database = /^(postgres|postgresql|mysql|mariadb):$/i.test(scheme);
+  return query.replace(/([^?&=]*)=[^&]*/g, (whole, name) => database && SHOWN.test(name) ? whole : `${name}=${HIDDEN}`);
+}
+
 /** A URL without user, password, fragment and the values of its query. */
 export function maskedUrl(url: string): string {
   if (isVariable(url)) return url;
@@ -19,7 +28,7 @@ export function maskedUrl(url: string): string {
   if (host === undefined) return /^(sqlite|file|stdout):$/i.test(scheme) ? url : scheme + HIDDEN;
   // Such as a password with a slash in it: nobody knows where it ends.
   if (!URL.canParse(url)) return scheme + HIDDEN;
-  const shownQuery = query?.replace(/=[^&]*/g, `=${HIDDEN}`) ?? "";
+  const shownQuery = maskedQuery(scheme, query ?? "");
   return `${scheme}${host.replace(/\/\/.*@/s, `//${HIDDEN}@`)}${path}${shownQuery}${hash === undefined ? "" : `#${HIDDEN}`}`;
 }
 

@@ -6,9 +6,10 @@
 import type { Outbox, PruneOptions } from "../mod.ts";
 import { type Command, JSON_OUT, STORE } from "./command.ts";
 import { relaysOf } from "./config.ts";
+import type { Database } from "./database.ts";
 import { UsageError } from "./errors.ts";
 import type { Flag, Flags } from "./flags.ts";
-import { type Database, openDatabase } from "./open.ts";
+import { openDatabase } from "./open.ts";
 import { print } from "./print.ts";
 import { RELAY_FLAGS } from "./relay_flags.ts";
 
@@ -25,13 +26,14 @@ interface Pruned {
 }
 
 /** The databases of relays, each once however its URL is written: what one knows to be needed, another must not forget. */
-async function databasesOf(relays: readonly Flags[], closing: DisposableStack): Promise<readonly Pruned[]> {
+async function databasesOf(relays: readonly Flags[], closing: AsyncDisposableStack): Promise<readonly Pruned[]> {
   const opened = new Map<string, Pruned>();
   const open = async (flags: Flags, flag: string) => {
     const database = await openDatabase(flags.label(flag), flags.url(flag)!);
     closing.defer(() => database.close());
-    const found = opened.get(database.identity) ?? { database, claims: false, messages: false, outboxes: [] };
-    opened.set(database.identity, found);
+    const identity = await database.identity();
+    const found = opened.get(identity) ?? { database, claims: false, messages: false, outboxes: [] };
+    opened.set(identity, found);
     return found;
   };
   for (const flags of relays) {
@@ -45,7 +47,7 @@ async function databasesOf(relays: readonly Flags[], closing: DisposableStack): 
 }
 
 /** The database of `--store`; the outbox of `--from` is only looked into. */
-async function databaseOf(flags: Flags, closing: DisposableStack): Promise<readonly Pruned[]> {
+async function databaseOf(flags: Flags, closing: AsyncDisposableStack): Promise<readonly Pruned[]> {
   const open = async (flag: string) => {
     const database = await openDatabase(flags.label(flag), flags.url(flag)!);
     closing.defer(() => database.close());
@@ -80,7 +82,7 @@ export const PRUNE: Command = {
   },
   example: "prune --store sqlite:app.db --older-than-ms 2592000000",
   async run(flags) {
-    using closing = new DisposableStack();
+    await using closing = new AsyncDisposableStack();
     for (const flag of ["store", "from"]) {
       if (!flags.has("config") || flags.layer.get(flag)?.source !== "flag") continue;
       throw new UsageError(`${flags.label("config")} names the databases: it excludes ${flags.label(flag)}`);

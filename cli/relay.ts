@@ -3,10 +3,12 @@
  *
  * @module
  */
-import { relay, type RelayEvent, type RelayReport } from "../mod.ts";
+import { type Outbox, relay, type RelayEvent, type RelayOptions, type RelayReport } from "../mod.ts";
+import { relayShards, type ShardedOutbox } from "../adapters/shards.ts";
 import type { Command } from "./command.ts";
 import { effectiveConfig, relaysOf } from "./config.ts";
 import { blaming, type Ends, openEnds, type Plan, planOf } from "./ends.ts";
+import { codeOf, reason, UsageError } from "./errors.ts";
 import type { Flags } from "./flags.ts";
 import { listen, parseAddress } from "./listen.ts";
 import { permitTarget } from "./open.ts";
@@ -42,7 +44,7 @@ function runOne(
   observe: (event: RelayEvent) => void,
 ): Promise<RelayReport> {
   const allowDuplicates = flags.on("allow-duplicates");
-  return relay({
+  const options: RelayOptions = {
     name,
     from: source,
     to: sink,
@@ -60,7 +62,64 @@ function runOne(
     settleMs: flags.number("settle-ms"),
     pollMs: flags.number("poll-ms"),
     onPark: flags.text("on-park") as "block" | "skip" | undefined,
-  });
+  };
+  return isSharded(source) ? runShards(options, source, observe) : relay(options);
+}
+
+const isSharded = (outbox: Outbox): outbox is ShardedOutbox => "shards" in outbox;
+
+/** Runs the shards of an outbox that are this process's share, and tells of them as of one relay. */
+async function runShards(
+  options: RelayOptions,
+  from: ShardedOutbox,
+  observe: (event: RelayEvent) => void,
+): Promise<RelayReport> {
+  const { name = "default", drain, signal } = options;
+  let count: number | undefined;
+  while (count === undefined) {
+    try {
+      count = await from.shards();
+    } catch (error) {
+      // As `relay` waits for a database that is away.
+      if (drain || signal?.aborted || codeOf(error) !== "busy") throw error;
+      observe({ type: "failed", relay: name, reason: reason(error), afterMs: 0 });
+    }
+  }
+  if (count === 1) return await relay(options);
+  if (options.to.kind === "atomic") {
+    const how = "set it to 1 by init --shards 1, or relay into a target that is called";
+    throw new Error(`${options.to.name} takes one shard of an outbox, and ${from.name} has ${count}: ${how}`);
+  }
+  let started = false;
+  const told = { delivered: 0, parked: 0, uncertain: 0 };
+  let failed = true;
+  try {
+    const report = await relayShards({
+      ...options,
+      from,
+      observe(event) {
+        if (event.type === "stopped") {
+          for (const what of ["delivered", "parked", "uncertain"] as const) told[what] += event[what];
+        } else if (event.type !== "started" || !started) observe(event);
+        started ||= event.type === "started";
+      },
+    });
+    failed = false;
+    return report;
+  } finally {
+    // All shards may have been others'.
+    if (started || !failed) observe({ type: "stopped", relay: name, ...told });
+  }
+}
+
+/** A person says that a store that was restored, or copied, knows all that was done. */
+async function accept(flags: Flags, { databases }: Ends): Promise<void> {
+  const store = databases.at(-1)!;
+  if (store.accept) await store.accept();
+  // A variable holds for all relays of a process, whatever their databases are.
+  else if (flags.layer.get("accept-source")?.source === "flag") {
+    throw new UsageError(`${flags.label("accept-source")} is for postgres:, mysql: and mariadb: databases`);
+  }
 }
 
 async function runRelays(command: Flags): Promise<number> {
@@ -82,7 +141,7 @@ async function runRelays(command: Flags): Promise<number> {
   const stop = new AbortController();
   await using closing = new AsyncDisposableStack();
   closing.use(onSignals(stop));
-  const databases = closing.use(new DisposableStack());
+  const databases = closing.use(new AsyncDisposableStack());
   // Closed before the databases, which it asks.
   if (address) {
     const server = closing.use(listen(address, plans.map(({ watch }) => watch), () => stop.signal.aborted));
@@ -90,7 +149,8 @@ async function runRelays(command: Flags): Promise<number> {
   }
   const opened: ((typeof plans)[number] & Ends)[] = [];
   for (const plan of plans) {
-    const ends = await blaming(plans, plan.name, () => openEnds(plan.flags, databases));
+    const ends = await blaming(plans, plan.name, () => openEnds(plan.flags, databases, !drain));
+    if (plan.flags.on("accept-source")) await blaming(plans, plan.name, () => accept(plan.flags, ends));
     plan.watch.open(ends);
     opened.push({ ...plan, ...ends });
   }
@@ -108,13 +168,17 @@ async function runRelays(command: Flags): Promise<number> {
   closing.defer(() => show.end());
 
   const running = opened.map(async (one): Promise<RelayReport> => {
+    let started = false;
     try {
       return await blaming(opened, one.name, () =>
         runOne(one, stop.signal, (event) => {
+          started ||= event.type === "started";
           one.watch.event(event);
           show.event(event);
         }));
     } catch (error) {
+      // Told to stop while it still waited for its database: there is nothing to finish.
+      if (stop.signal.aborted && !started && codeOf(error) === "busy") return { delivered: 0, parked: 0, uncertain: 0 };
       stop.abort(); // Better none than some of them: whoever restarts the process starts all.
       throw error;
     }

@@ -7,7 +7,7 @@ import type { FlagTable } from "./flags.ts";
 
 /** The flags of `relay`, and of what looks at a relay. */
 export const RELAY_FLAGS: FlagTable = {
-  from: { kind: "url", required: true, help: "the outbox, such as sqlite:app.db" },
+  from: { kind: "url", required: true, help: "the outbox: sqlite:app.db, postgres:…, mysql:…" },
   to: { kind: "url", required: true, help: "the target: http(s)://…, file:events.jsonl or stdout:" },
   name: { kind: "name", default: "default", file: "none", help: "scope of the relay's effects; of a file: only this relay" },
   topics: { kind: "names", help: "only these topics (all)" },
@@ -40,6 +40,11 @@ export const RELAY_FLAGS: FlagTable = {
   },
   "poll-ms": { kind: "number", min: 1, default: 50, help: "how often to look when idle" },
   keep: { kind: "switch", help: "keep delivered rows until prune" },
+  "accept-source": {
+    kind: "switch",
+    file: "none",
+    help: "the store was restored or copied, and knows all calls that were made: go on",
+  },
   "allow-duplicates": { kind: "switch", help: "no claims: at-least-once" },
   listen: {
     kind: "text",

@@ -27,7 +27,10 @@ export function linesOf(relays: readonly RegisteredRelay[]): readonly string[] {
 export const RELAYS: Readonly<Record<string, Command>> = {
   "relays": {
     summary: "which relays run on an outbox, or keep its topics because they left something behind",
-    flags: { store: { ...STORE, help: "the outbox, such as sqlite:app.db" }, json: JSON_OUT },
+    flags: {
+      store: { ...STORE, help: "the outbox: sqlite:app.db, postgres:…, mysql:…" },
+      json: JSON_OUT,
+    },
     example: "relays --store sqlite:app.db",
     run: (flags) =>
       using(flags, async ({ outbox }) => {
@@ -38,7 +41,10 @@ export const RELAYS: Readonly<Record<string, Command>> = {
   "relays forget": {
     summary: "give up a relay's name: another may have its topics, and sends anew what it did not settle",
     words: ["NAME"],
-    flags: { store: { ...STORE, help: "the outbox, such as sqlite:app.db" }, json: JSON_OUT },
+    flags: {
+      store: { ...STORE, help: "the outbox: sqlite:app.db, postgres:…, mysql:…" },
+      json: JSON_OUT,
+    },
     example: "relays forget default --store sqlite:app.db",
     run: (flags) =>
       using(flags, async ({ outbox, name: database }) => {

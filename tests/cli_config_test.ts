@@ -505,7 +505,7 @@ const WRONG: readonly (readonly [content: unknown, ...says: (string | RegExp)[]]
   [one({ from: "sqlite://u:hush@host/app.db" }), `${PLACE}.from: `, "names no file"],
   [one({ to: "file://u:hush@host/x" }), `${PLACE}.to: `, "names no file"],
   [one({ to: "stdout:hush" }), `${PLACE}.to: write stdout:`],
-  [one({ store: "postgres://u:hush@host/db" }), `${PLACE}.store: "postgres:"`],
+  [one({ store: "oracle://u:hush@host/db" }), `${PLACE}.store: "oracle:"`],
   [one({ idempotent: true }), `${PLACE}.idempotent is for http: and https: targets`],
   [one({ to: "http://h/", dedupeWindowMs: 5 }), `${PLACE}.dedupeWindowMs needs ${PLACE}.idempotent`],
   [one({ to: "http://h/", settleMs: 5 }), `${PLACE}.settleMs needs ${PLACE}.reconcile`],

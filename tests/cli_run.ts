@@ -235,9 +235,14 @@ export interface Status {
 /** The URL of the box's database. */
 export const DB = "sqlite:app.db";
 
+/** A folder with nothing in it. */
+export async function emptyBox(): Promise<Box> {
+  return new Box(await Deno.makeTempDir({ prefix: "effectonce-cli-" }));
+}
+
 /** A folder with an initialised database. */
 export async function box(): Promise<Box> {
-  const made = new Box(await Deno.makeTempDir({ prefix: "effectonce-cli-" }));
+  const made = await emptyBox();
   try {
     await made.ok(["init", "--store", DB]);
     return made;

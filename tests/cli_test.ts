@@ -296,7 +296,7 @@ const USAGE: readonly (readonly [args: readonly string[], ...says: (string | Reg
   ...["", "app.db", "/app.db", ":", "sqlite", " sqlite:app.db"].map((
     url,
   ): [string[], RegExp] => [["init", "--store", url], /URL/]),
-  [["init", "--store", "postgres://u:hush@host/db"], "--store", "postgres:", "sqlite:"],
+  [["init", "--store", "oracle://u:hush@host/db"], "--store", "oracle:", "sqlite:, postgres:, mysql: or mariadb:"],
   [["init", "--store", "sqlite:"], "--store", "sqlite:app.db"],
   [["init", "--store", "sqlite::memory:"], "--store", "no file"],
   [["init", "--store", "sqlite://host/app.db"], "--store", "no file"],
@@ -310,7 +310,7 @@ const USAGE: readonly (readonly [args: readonly string[], ...says: (string | Reg
   [["relay", "--from", "app.db", "--to", "stdout:"], "--from", "URL"],
   [["relay", "--from", "http://127.0.0.1:1/", "--to", "stdout:"], "--from", "http:"],
   [["effects", "show", "k", "--store", DB, "--from", "http://127.0.0.1:1/"], "--from", "http:"],
-  [["schema", "--store", "postgres:"], "postgres:", "sqlite:"],
+  [["schema", "--store", "oracle:"], "oracle:", "sqlite:, postgres:, mysql: or mariadb:"],
   [["schema", "--store", "sqlite"], "URL"],
   // Targets.
   [drainTo(""), "--to", "URL"],

@@ -3,7 +3,7 @@ import { assert, assertEquals } from "@std/assert";
 // @ts-types="@types/pg"
 import type pg from "pg";
 import type mysql from "mysql2/promise";
-import { type EffectStore, type Outbox, relay, type RunSql } from "@effectonce/effectonce";
+import { type EffectStore, type Outbox, realRuntime, relay, type RunSql } from "@effectonce/effectonce";
 import { memorySink } from "@effectonce/effectonce/memory";
 import {
   migrateMysql,
@@ -31,7 +31,7 @@ export interface PoolSettings {
   /** How many connections. */
   readonly max?: number;
   /** Settings of each session: `set session name = value` on MySQL, `-c name=value` on PostgreSQL. */
-  readonly session?: Readonly<Record<string, string>>;
+  readonly session?: Readonly<Record<string, string | undefined>>;
   /** What the driver takes besides. */
   readonly driver?: pg.PoolConfig | mysql.PoolOptions;
 }
@@ -81,15 +81,41 @@ export async function until(what: string, isTrue: () => Promise<boolean> | boole
   }
 }
 
+/** Ends what a test that failed left open: connections, and transactions that wait for it for ever. */
+function createEnding(db: AsyncDisposable) {
+  const taken = new Set<() => void>();
+  return {
+    /** What gives a connection back, once. */
+    releasing(release: () => void, destroy: () => void): () => void {
+      taken.add(destroy);
+      return () => {
+        if (taken.delete(destroy)) release();
+      };
+    },
+    async end() {
+      for (const destroy of taken) destroy();
+      const over = new AbortController();
+      const ended = await Promise.race([
+        db[Symbol.asyncDispose]().then(() => true),
+        realRuntime.sleep(20_000, over.signal).then(() => false),
+      ]).finally(() => over.abort());
+      if (!ended) throw new Error("A transaction that a test has begun does not end");
+    },
+  };
+}
+
 async function openPostgres(): Promise<ServerDatabase> {
   const db = await postgresDatabase();
+  const ending = createEnding(db);
   return {
     name: "postgres",
     postgres: true,
     url: db.url,
     sql: db.sql,
     pool({ max = 8, session = {}, driver = {} } = {}) {
-      const options = Object.entries(session).map(([name, value]) => `-c ${name}=${value.replaceAll(" ", "\\ ")}`).join(" ");
+      const options = Object.entries(session).map(([name, value]) => `-c ${name}=${value!.replaceAll(" ", "\\ ")}`).join(
+        " ",
+      );
       return db.pool({ max, options, ...driver as pg.PoolConfig });
     },
     async connect(pool) {
@@ -97,7 +123,7 @@ async function openPostgres(): Promise<ServerDatabase> {
       return {
         sql: async (text, values = []) => (await client.query(text, [...values])).rows,
         client: client as never,
-        release: () => client.release(),
+        release: ending.releasing(() => client.release(), () => client.release(true)),
       };
     },
     migrate: (pool, options) => migratePostgres(pool as PostgresPool, options),
@@ -112,12 +138,13 @@ async function openPostgres(): Promise<ServerDatabase> {
       );
       return Number(row!["n"]);
     },
-    [Symbol.asyncDispose]: () => db[Symbol.asyncDispose](),
+    [Symbol.asyncDispose]: ending.end,
   };
 }
 
 async function openMysql(name: "mysql" | "mariadb"): Promise<ServerDatabase> {
   const db = await mysqlDatabase(name);
+  const ending = createEnding(db);
   return {
     name,
     postgres: false,
@@ -135,7 +162,7 @@ async function openMysql(name: "mysql" | "mariadb"): Promise<ServerDatabase> {
       return {
         sql: async (text, values = []) => (await client.query(text, [...values]))[0] as Record<string, unknown>[],
         client: client as never,
-        release: () => client.release(),
+        release: ending.releasing(() => client.release(), () => client.destroy()),
       };
     },
     migrate: (pool, options) => migrateMysql(pool as MysqlPool, options),
@@ -143,6 +170,7 @@ async function openMysql(name: "mysql" | "mariadb"): Promise<ServerDatabase> {
     outbox: (pool, options) => mysqlOutbox(pool as MysqlPool, options),
     schema: (options) => mysqlSchema(name, options),
     async waiting(like = "") {
+      await new Promise((resolve) => setTimeout(resolve, 120)); // What is read more often is not renewed.
       const [row] = await db.sql(
         `select count(*) as n from information_schema.innodb_trx t
           join information_schema.processlist p on p.id = t.trx_mysql_thread_id
@@ -151,7 +179,7 @@ async function openMysql(name: "mysql" | "mariadb"): Promise<ServerDatabase> {
       );
       return Number(row!["n"]);
     },
-    [Symbol.asyncDispose]: () => db[Symbol.asyncDispose](),
+    [Symbol.asyncDispose]: ending.end,
   };
 }
 
