@@ -24,10 +24,12 @@ import { EffectError, type EffectStore, realRuntime, type RunSql } from "../mod.
 import {
   acceptPlace,
   causesOf,
+  checkOutbox,
   checkVersion,
   type Dialect,
   EFFECT_COLUMNS,
   type ExistingOutbox,
+  outboxName,
   patiently,
   type Row,
   type Run,
@@ -156,6 +158,15 @@ const dialect: Dialect = {
   replace: ` on duplicate key update ${
     [...EFFECT_COLUMNS, "token"].map((column) => `${column} = values(${column})`).join(", ")
   }`,
+  literal,
+  sortable: (expression) => expression,
+  // By one search for each: for several conditions its optimizer reads, and locks, all rows of a small table.
+  only: (table, keys) => ({
+    sql: `(select ? as s, ? as k${" union all select ?, ?".repeat(keys.length - 1)}) w
+      straight_join ${table} force index (primary) on scope = w.s and "key" = w.k where true`,
+    values: keys.flatMap(({ scope, key }) => [Buffer.from(scope), Buffer.from(key)]),
+  }),
+  deleteFrom: (table) => `delete ${table} from`,
   latest: " lock in share mode",
   checkText(text) {
     const { length } = [...text];
@@ -206,13 +217,17 @@ const BROKEN = [
 const numbersOf = (error: unknown): readonly number[] =>
   [...causesOf(error)].flatMap(({ errno }) => typeof errno === "number" ? [errno] : []);
 
+/** Errors of the network that came out of an application's function while our own connection was well. */
+const foreign = new WeakSet<Error>();
+const isOfNetwork = (error: unknown): boolean =>
+  !foreign.has(error as Error) &&
+  [...causesOf(error)].some(({ code, message }) =>
+    typeof code === "string" && BROKEN.includes(code) || /closed state/.test(String(message))
+  );
+
 const failures = {
   isBusy: (error: unknown) => numbersOf(error).some((number) => ENDED.includes(number)),
-  isAway: (error: unknown) =>
-    numbersOf(error).some((number) => AWAY.includes(number)) ||
-    [...causesOf(error)].some(({ code, message }) =>
-      typeof code === "string" && BROKEN.includes(code) || /closed state/.test(String(message))
-    ),
+  isAway: (error: unknown) => isOfNetwork(error) || numbersOf(error).some((number) => AWAY.includes(number)),
 };
 // Besides: disk full, table full, out of memory, engine errors.
 const OURS = [1021, 1037, 1038, 1041, 1114, 1030, 1180, 1181];
@@ -301,8 +316,10 @@ function createServer<Client>(pool: MysqlPool, options: MysqlOptions): SqlServer
   const again = <T>(run: () => Promise<T>): Promise<T> => named(name, tables, patiently(name, waitMs, failures, run));
   async function rollback({ run }: Connection, cause: unknown, after?: string): Promise<never> {
     try {
-      if (!(cause instanceof Broken || failures.isAway(cause))) {
+      const ofNetwork = isOfNetwork(cause);
+      if (ofNetwork || !(cause instanceof Broken || failures.isAway(cause))) {
         await run("rollback");
+        if (ofNetwork) foreign.add(cause as Error); // Our connection is well.
         if (after) await run(after);
       }
     } catch {
@@ -548,6 +565,7 @@ export function mysqlSchema(flavor: MysqlFlavor, options: TableOptions = {}): st
     ...migrations(tables, flavor).flat(),
     `insert into ${tables.meta} (name, value) values ('schema_version', '${VERSION}')`,
     `insert into ${tables.meta} (name, value) values ('outbox_id', uuid())`,
+    `insert into ${tables.meta} (name, value) values ('outbox', '${outboxName(tables)}')`,
   ];
   return statements.map((sql) => `${quoted(sql)};\n`).join("");
 }
@@ -596,6 +614,8 @@ export async function migrateMysql(pool: MysqlPool, options: MysqlMigration = {}
       : await run(`select value from ${tables.meta} where name = 'schema_version'`);
     const version = Number(stored?.["value"] ?? 0);
     if (version > VERSION) checkVersion(name, version);
+    const [outbox] = version === 0 ? [] : await run(`select value from ${tables.meta} where name = 'outbox'`);
+    checkOutbox(name, tables, outbox && String(outbox["value"]));
     const [server] = await run("select version() as version");
     const flavor = /mariadb/i.test(String(server!["version"])) ? "mariadb" : "mysql";
     for (const statement of migrations(tables, flavor).slice(version).flat()) {
@@ -606,6 +626,7 @@ export async function migrateMysql(pool: MysqlPool, options: MysqlMigration = {}
     }
     const insert = `insert into ${tables.meta} (name, value) values (?, ?) on duplicate key update value = `;
     await run(`${insert} value`, ["outbox_id", crypto.randomUUID()]);
+    await run(`${insert} value`, ["outbox", outboxName(tables)]);
     await run(`${insert} values(value)`, ["schema_version", String(VERSION)]); // Last: what was broken off is repeated.
   }
 }

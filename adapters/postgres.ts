@@ -27,10 +27,12 @@ import { createTurns } from "./shared.ts";
 import {
   acceptPlace,
   causesOf,
+  checkOutbox,
   checkVersion,
   type Dialect,
   EFFECT_COLUMNS,
   type ExistingOutbox,
+  outboxName,
   patiently,
   type Row,
   type Run,
@@ -109,7 +111,7 @@ export interface PostgresMigration extends PostgresOptions {
    * Whether an INSERT into the outbox wakes relays that listen, by one NOTIFY a transaction. Under very many commits a
    * second NOTIFY costs more than it gains: it takes a lock that all committing transactions share.
    *
-   * @default {true}
+   * @default {undefined} As it is; at first they are woken.
    */
   readonly notify?: boolean;
   /**
@@ -178,6 +180,13 @@ const dialect: Dialect = {
   replace: ` on conflict (scope, "key") do update set ${
     [...EFFECT_COLUMNS, "token"].map((column) => `${column} = excluded.${column}`).join(", ")
   }`,
+  literal,
+  sortable: (expression) => `(${expression})::text collate "C"`,
+  only: (table, keys) => ({
+    sql: `${table} where (${keys.map(() => `scope = ? and "key" = ?`).join(" or ")})`,
+    values: keys.flatMap(({ scope, key }) => [scope, key]),
+  }),
+  deleteFrom: () => "delete from",
   latest: "",
   checkText: () => {},
   async insertNew(run, sql, values, count) {
@@ -210,11 +219,16 @@ const NO_CONNECTION = ["ECONNREFUSED", "ECONNRESET", "EPIPE", "ETIMEDOUT", "EHOS
 const BROKEN =
   /^(Connection terminated|timeout exceeded when trying to connect|Client has encountered a connection error|Client was closed)/;
 
+/** Errors of the network that came out of an application's function while our own connection was well. */
+const foreign = new WeakSet<Error>();
+const isOfNetwork = (error: unknown): boolean =>
+  !foreign.has(error as Error) && (codesOf(error).some((code) => NO_CONNECTION.includes(code)) ||
+    [...causesOf(error)].some(({ message }) => typeof message === "string" && BROKEN.test(message)));
+
 const failures = {
   isBusy: (error: unknown) => codesOf(error).some((code) => BUSY.includes(code)),
   isAway: (error: unknown) =>
-    codesOf(error).some((code) => code.startsWith("08") || AWAY.includes(code) || NO_CONNECTION.includes(code)) ||
-    [...causesOf(error)].some(({ message }) => typeof message === "string" && BROKEN.test(message)),
+    isOfNetwork(error) || codesOf(error).some((code) => code.startsWith("08") || AWAY.includes(code)),
 };
 
 /** What is the server's own doing, and says nothing about a statement: its classes 08, 40, 53 to 58 and XX. */
@@ -352,7 +366,9 @@ function createServer<Client>(source: PostgresPool | PostgresDatabase, options: 
   const again = <T>(run: () => Promise<T>): Promise<T> => named(name, tables, patiently(name, waitMs, failures, run));
   async function rollback({ script }: Connection<unknown>, cause: unknown): Promise<never> {
     try {
-      if (!(cause instanceof Broken || failures.isAway(cause))) await script("rollback");
+      const ofNetwork = isOfNetwork(cause);
+      if (ofNetwork || !(cause instanceof Broken || failures.isAway(cause))) await script("rollback");
+      if (ofNetwork) foreign.add(cause as Error); // Our connection is well.
     } catch {
       throw new Broken("rollback failed", { cause });
     }
@@ -391,7 +407,9 @@ function createServer<Client>(source: PostgresPool | PostgresDatabase, options: 
             await commit(connection, mayAgain);
             return answer;
           } catch (error) {
-            return single || transaction!.begun ? await rollback(connection, error) : throwing(error);
+            if (single || transaction!.begun) return await rollback(connection, error);
+            if (isOfNetwork(error)) foreign.add(error as Error);
+            throw error;
           } finally {
             transaction?.unhook();
           }
@@ -425,10 +443,6 @@ function createServer<Client>(source: PostgresPool | PostgresDatabase, options: 
   }
 }
 
-function throwing(error: unknown): never {
-  throw error;
-}
-
 /** Says whose tables are missing, and what to do. */
 async function named<T>(name: string, tables: Tables, answer: Promise<T>): Promise<T> {
   try {
@@ -458,13 +472,28 @@ export function postgresStore<Pool extends PostgresPool | PostgresDatabase>(
 export function postgresOutbox(pool: PostgresPool | PostgresDatabase, options: PostgresOutboxOptions = {}): ShardedOutbox {
   const server = createServer<never>(pool, options);
   const { listen } = options;
-  return sqlOutbox(
-    listen ? { ...server, listen: (wake, signal) => void hear(listen, channelOf(server.tables), wake, signal) } : server,
-    options,
-  );
+  if (!listen) return sqlOutbox(server, options);
+  // One connection for all sessions, such as those of shards.
+  const wakes = new Set<() => void>();
+  let over = new AbortController();
+  return sqlOutbox({
+    ...server,
+    listen(wake, signal) {
+      if (wakes.size === 0) {
+        over = new AbortController();
+        hear(listen, channelOf(server.tables), () => wakes.forEach((wake) => wake()), over.signal);
+      }
+      wakes.add(wake);
+      signal.addEventListener("abort", () => {
+        wakes.delete(wake);
+        if (wakes.size === 0) over.abort();
+      });
+    },
+  }, options);
 }
 
-const channelOf = ({ schema = "", prefix }: Tables): string => `${schema}.${prefix}outbox`;
+/** LISTEN cuts longer names, pg_notify refuses them. */
+const channelOf = ({ schema = "", prefix }: Tables): string => `${schema}.${prefix}outbox`.slice(0, 63);
 
 /** Wakes with each notification, and whenever it listens anew. */
 async function hear(pool: PostgresPool, channel: string, wake: () => void, signal: AbortSignal): Promise<void> {
@@ -618,6 +647,7 @@ export function postgresSchema(options: TableOptions = {}): string {
     ...migrations(tables).flat(),
     `insert into ${tables.meta} (name, value) values ('schema_version', '${VERSION}')`,
     `insert into ${tables.meta} (name, value) values ('outbox_id', gen_random_uuid()::text)`,
+    `insert into ${tables.meta} (name, value) values ('outbox', '${outboxName(tables)}')`,
   ];
   return statements.map((sql) => `${sql};\n`).join("");
 }
@@ -643,6 +673,8 @@ export async function migratePostgres(
       : await run(`select value from ${tables.meta} where name = 'schema_version'`);
     const version = Number(stored?.["value"] ?? 0);
     if (version > VERSION) checkVersion(name, version);
+    const [outbox] = version === 0 ? [] : await run(`select value from ${tables.meta} where name = 'outbox'`);
+    checkOutbox(name, tables, outbox && String(outbox["value"]));
     for (const statement of migrations(tables).slice(version).flat()) await run(statement);
     const keep = "on conflict (name) do";
     await run(
@@ -651,12 +683,16 @@ export async function migratePostgres(
         String(VERSION),
       ],
     );
-    await run(`insert into ${tables.meta} (name, value) values ('outbox_id', ?) ${keep} nothing`, [crypto.randomUUID()]);
+    await run(`insert into ${tables.meta} (name, value) values ('outbox_id', ?), ('outbox', ?) ${keep} nothing`, [
+      crypto.randomUUID(),
+      outboxName(tables),
+    ]);
     if (options.accept) await acceptPlace(server, run);
     if (options.shards !== undefined) await setShards(name, tables, transaction, options.shards);
+    const { notify } = options;
+    if (notify === undefined) return;
     const trigger = `select tgenabled from pg_trigger where tgrelid = to_regclass(?) and tgname = ?`;
     const [state] = await run(trigger, [tables.outbox, `${tables.prefix}notify`]);
-    const { notify = true } = options;
     if ((state?.["tgenabled"] !== "D") === notify) return; // To change it waits for every writer.
     await run(`alter table ${tables.outbox} ${notify ? "enable" : "disable"} trigger "${tables.prefix}notify"`);
   }, alone);

@@ -64,7 +64,12 @@ export async function relayShards(options: ShardsOptions): Promise<RelayReport> 
         running.set(shard, { stop, ended: run(shard, stop) });
       }
       if (over()) break;
-      if (drain && running.size === 0 && mine.every((shard) => drained.has(shard))) break;
+      if (drain && running.size === 0 && mine.every((shard) => drained.has(shard))) {
+        if (mine.length > 0) break;
+        // Others have them all, and give some up when they see this one; or there is nothing to do.
+        const { pending, heldBack } = await from.status();
+        if (pending === heldBack) break;
+      }
       await runtime.sleep(Math.min(leaseMs / 3, 1_000), bell.signal);
     }
   } finally {

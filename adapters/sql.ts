@@ -89,6 +89,14 @@ export interface Dialect {
   bucket(expression: string): string;
   /** Whether (`scope`, `key`) comes after two placeholders, and their values. */
   after(key: EffectKey): { readonly condition: string; readonly values: readonly SqlValue[] };
+  /** A text that is given, for use in a statement's text. */
+  literal(text: string): string;
+  /** A key of messages as a text that has an order. */
+  sortable(expression: string): string;
+  /** The table of effects, of which only those of these keys are looked at and locked; conditions follow behind `and`. */
+  only(table: string, keys: readonly EffectKey[]): Statement;
+  /** The beginning of a DELETE, before `only`. */
+  deleteFrom(table: string): string;
   /** The end of an INSERT of effects, some of which are there already: they are replaced. */
   readonly replace: string;
   /** The end of a SELECT that must see what is committed now, whatever the transaction's snapshot says. */
@@ -346,6 +354,21 @@ export function checkVersion(name: string, found: number): void {
   }
 }
 
+/** The name of the outbox, which its tables know. */
+export const outboxName = ({ existing, prefix }: Tables): string => existing?.table ?? `${prefix}outbox`;
+
+/**
+ * Looks whether the tables are those of this outbox.
+ *
+ * @param stored The name that they know, if they know one.
+ * @throws {EffectError} `source_invalid` if not.
+ */
+export function checkOutbox(name: string, tables: Tables, stored: string | undefined): void {
+  if (stored === undefined || stored === outboxName(tables)) return;
+  const whose = `are those of the outbox "${stored}", not of "${outboxName(tables)}"`;
+  throw new EffectError("source_invalid", `The tables ${tables.prefix}… of ${name} ${whose}: give each a prefix of its own`);
+}
+
 // ---------------------------------------------------------------------------------------------------------------- waiting
 
 /** What came of an attempt at a transaction. */
@@ -409,14 +432,18 @@ const decoder = new TextDecoder();
 /** A text, whichever way it is stored. */
 const textOf = (value: unknown): string => value instanceof Uint8Array ? decoder.decode(value) : String(value);
 const optionalText = (value: unknown): string | null => value === null ? null : textOf(value);
-/** A plain view, whatever the driver makes of bytes. */
+/** A plain view, whatever the driver makes of bytes: text where a parser of the application's says so. */
 const bytesOf = (value: unknown): Uint8Array | null => {
-  const bytes = value as Uint8Array | null;
-  return bytes && new Uint8Array(bytes.buffer, bytes.byteOffset, bytes.byteLength);
+  if (value === null) return null;
+  if (value instanceof Uint8Array) return new Uint8Array(value.buffer, value.byteOffset, value.byteLength);
+  if (typeof value === "string" && /^\\x([0-9a-f]{2})*$/.test(value)) {
+    return Uint8Array.from(value.slice(2).match(/../g) ?? [], (byte) => parseInt(byte, 16));
+  }
+  throw new EffectError("source_invalid", "The driver gives bytes as something else: leave its type parsers as they are");
 };
 const numberOrNull = (value: unknown): number | null => value === null ? null : Number(value);
 /** A truth value, as PostgreSQL and MySQL give it. */
-const isTrue = (value: unknown): boolean => Number(value) === 1;
+const isTrue = (value: unknown): boolean => value === "t" || Number(value) === 1;
 
 function toEffect(row: Row): EffectRow {
   return {
@@ -478,10 +505,10 @@ function randomToken(): number {
 
 /** What the attempts at one transaction have in common. */
 interface Attempts {
-  /** Tokens of the attempts before, whose COMMIT may have arrived. */
-  readonly before: Set<number>;
-  /** Those of the present one. */
-  readonly mine: Set<number>;
+  /** What tells of the attempts before whether their COMMIT has arrived: tokens of effects, and uids of positions. */
+  readonly before: Map<number | string, EffectKey | undefined>;
+  /** That of the present one. */
+  readonly mine: Map<number | string, EffectKey | undefined>;
 }
 
 /** An earlier attempt at this transaction has committed. */
@@ -489,18 +516,10 @@ class CommittedBefore extends Error {}
 
 const CLAIMED = { state: "claimed", fence: 1, attempt: 1, generation: 1, request: null } as const;
 
-/** A condition that holds for these keys, and its values. */
-function anyOf(keys: readonly EffectKey[], { name }: Dialect): Statement {
-  return {
-    sql: `(${keys.map(() => `scope = ? and "key" = ?`).join(" or ")})`,
-    values: keys.flatMap(({ scope, key }) => [name(scope), name(key)]),
-  };
-}
-
 function handle(
   { dialect, tables }: Pick<SqlServer<unknown>, "dialect" | "tables">,
   sql: Run,
-  attempts: Attempts = { before: new Set(), mine: new Set() },
+  attempts: Attempts = { before: new Map(), mine: new Map() },
 ): { readonly effects: EffectTransaction; readonly guard: TransactionGuard } {
   const { clock, name, latest } = dialect;
   const { effects: table, columns: c } = tables;
@@ -508,14 +527,14 @@ function handle(
   const claimed = new Set<string>();
   const insertOne = `insert into ${table} (scope, "key", fingerprint, request, token, changed_ms)
     values (?, ?, ?, ?, ?, ${clock})`;
-  const select = `select ${COLUMNS.join(", ")}, token, ${clock} as now_ms from ${table} where `;
+  const select = `select ${COLUMNS.join(", ")}, token, ${clock} as now_ms from `;
 
   /** What claims answer about rows that are there, in the order of the keys. */
   async function standing(keys: readonly EffectKey[], request: EncodedRequest): Promise<readonly Claim[]> {
     const stored = new Map<string, Row>();
     const read = async (some: readonly EffectKey[], end: string) => {
-      const { sql: condition, values } = anyOf(some, dialect);
-      for (const row of await sql(select + condition + end, values)) stored.set(joined(toEffect(row)), row);
+      const { sql: only, values } = dialect.only(table, some);
+      for (const row of await sql(select + only + end, values)) stored.set(joined(toEffect(row)), row);
     };
     for (const portion of portions(distinct(keys))) await read(portion, latest);
     const step = (key: EffectKey) => {
@@ -534,7 +553,7 @@ function handle(
       const set = EFFECT_COLUMNS.map((column) => `${column} = ?`).join(", ");
       const [scope, text, ...fields] = fromEffect(write, dialect);
       await sql(`update ${table} set ${set}, token = ? where scope = ? and "key" = ?`, [...fields, token, scope!, text!]);
-      attempts.mine.add(token);
+      attempts.mine.set(token, key);
       claimed.add(joined(key));
       await read([key], ""); // Who claims it once more in this transaction is told that it is done.
     }
@@ -550,7 +569,7 @@ function handle(
           const token = randomToken();
           const values = [name(key.scope), name(key.key), encoded.fingerprint, encoded.bytes, token];
           if (!await dialect.insertNew(sql, insertOne, values, 1)) return (await standing([key], encoded))[0]!;
-          attempts.mine.add(token);
+          attempts.mine.set(token, key);
           claimed.add(joined(key));
           return { ...CLAIMED, request: encoded.bytes };
         }),
@@ -562,7 +581,7 @@ function handle(
             const token = randomToken();
             const inserted = await dialect.insertAbsent(sql, table, portion, token);
             for (const key of inserted) fresh.add(joined(key));
-            if (inserted.length > 0) attempts.mine.add(token);
+            if (inserted.length > 0) attempts.mine.set(token, inserted[0]);
           }
           for (const key of fresh) claimed.add(key);
           // A key that comes twice is claimed once: its second answer is read.
@@ -608,7 +627,9 @@ function handle(
             order by n desc limit 1`;
           const [stored] = await sql(last, owner);
           const next = { n, uid, prev, rows };
+          if (stored && attempts.before.has(textOf(stored["uid"]))) throw new CommittedBefore();
           checkAdvance(stored ? toPosition(stored) : START, next);
+          attempts.mine.set(uid, undefined);
           const insert = `insert into ${tables.positions} (relay, source, n, uid, prev, "rows") values (?, ?, ?, ?, ?, ?)`;
           if (!await dialect.insertNew(sql, insert, [...owner, n, uid, prev, JSON.stringify(rows)], 1)) {
             throw new EffectError("fenced", `Cannot commit batch ${n}: another owner has committed one meanwhile`);
@@ -636,8 +657,32 @@ export async function acceptPlace(server: Pick<SqlServer<unknown>, "dialect" | "
   await run(`insert into ${meta} (name, value) values ('place', ?)`, [place]);
 }
 
+/** The same server, whose tables are looked at before they are used for the first time. */
+function checked<Client>(server: SqlServer<Client>): SqlServer<Client> {
+  const { name, tables } = server;
+  let ready: Promise<void> | undefined;
+  async function look(): Promise<void> {
+    const rows = await server.run(`select name, value from ${tables.meta} where name in ('schema_version', 'outbox')`);
+    const of = (name: string) => rows.filter((row) => textOf(row["name"]) === name).map((row) => textOf(row["value"]))[0];
+    checkVersion(name, Number(of("schema_version") ?? 0));
+    checkOutbox(name, tables, of("outbox"));
+  }
+  const first = () =>
+    ready ??= look().catch((error: unknown) => {
+      ready = undefined;
+      throw error;
+    });
+  return {
+    ...server,
+    run: async (sql, values) => (await first(), await server.run(sql, values)),
+    write: async (run, statement) => (await first(), await server.write(run, statement)),
+    transaction: async (run, again) => (await first(), await server.transaction(run, again)),
+  };
+}
+
 /** Claims and positions on a server. */
-export function sqlStore<Client>(server: SqlServer<Client>): EffectStore<Client> {
+export function sqlStore<Client>(unchecked: SqlServer<Client>): EffectStore<Client> {
+  const server = checked(unchecked);
   const { name, dialect, tables, run, write } = server;
   const { effects: table } = tables;
   const columns = COLUMNS.join(", ");
@@ -668,8 +713,8 @@ export function sqlStore<Client>(server: SqlServer<Client>): EffectStore<Client>
         const token = randomToken();
         const found = new Map<string, EffectRow>();
         for (const portion of portions(distinct(steps.map(({ key }) => key)))) {
-          const { sql: condition, values } = anyOf(portion, dialect);
-          const select = `select ${columns}, token from ${table} where ${condition} order by scope, "key" for update`;
+          const { sql: only, values } = dialect.only(table, portion);
+          const select = `select ${columns}, token from ${only} order by scope, "key" for update`;
           for (const stored of await transaction.run(select, values)) {
             const answers = before.get(Number(stored["token"]));
             if (answers) return answers;
@@ -750,17 +795,18 @@ export function sqlStore<Client>(server: SqlServer<Client>): EffectStore<Client>
         write(async (transaction) => {
           let forgotten = 0;
           for (const portion of portions(distinct(keys))) {
-            const { sql: condition, values } = anyOf(portion, dialect);
+            const { sql: only, values } = dialect.only(table, portion);
             // Looks again: nothing else locks an effect that ended long ago, and who does not get one leaves it for later.
-            const select = `select scope, "key" from ${table} where ${condition} and state in ('done', 'rejected')
+            const select = `select scope, "key" from ${only} and state in ('done', 'rejected')
                 and changed_ms <= ${dialect.clock} - ? for update skip locked`;
             const old = (await transaction.run(select, [...values, olderThanMs]))
               .map((row) => ({ scope: textOf(row["scope"]), key: textOf(row["key"]) }));
             const needed = await stillInOutbox(transaction.run, old);
-            const mine = anyOf(old.filter(({ key }) => !needed.has(key)), dialect);
-            if (mine.values.length === 0) continue;
-            await transaction.run(`delete from ${table} where ${mine.sql}`, mine.values);
-            forgotten += mine.values.length / 2;
+            const mine = old.filter(({ key }) => !needed.has(key));
+            if (mine.length === 0) continue;
+            const { sql: these, values: theirs } = dialect.only(table, mine);
+            await transaction.run(`${dialect.deleteFrom(table)} ${these}`, theirs);
+            forgotten += mine.length;
           }
           return forgotten;
         }),
@@ -771,11 +817,12 @@ export function sqlStore<Client>(server: SqlServer<Client>): EffectStore<Client>
     claim: async (key, options) => (await claimAll([{ key, ...options }]))[0]!,
     claimAll,
     async transaction(run) {
-      const attempts: Attempts = { before: new Set(), mine: new Set() };
+      const attempts: Attempts = { before: new Map(), mine: new Map() };
       let answer: { readonly value: Awaited<ReturnType<typeof run>> } | undefined;
       try {
         return await server.transaction(async (sql, client) => {
-          for (const token of attempts.mine) attempts.before.add(token);
+          // Who did not get to its COMMIT has none.
+          if (answer) { for (const [proof, key] of attempts.mine) attempts.before.set(proof, key); }
           attempts.mine.clear();
           const { effects, guard } = handle(server, sql as Run, attempts);
           const value = await run(effects, client);
@@ -784,8 +831,9 @@ export function sqlStore<Client>(server: SqlServer<Client>): EffectStore<Client>
           return value;
         }, () => attempts.mine.size > 0);
       } catch (error) {
-        // The answer to an earlier COMMIT was lost on its way: its claim is there, so all of it is.
-        if (error instanceof CommittedBefore && answer) return answer.value;
+        // The answer to an earlier COMMIT was lost on its way: its claim is there, so all of it is. The function may have failed
+        // for what it had written itself.
+        if (answer && (error instanceof CommittedBefore || await hasArrived(attempts.before))) return answer.value;
         throw error;
       }
     },
@@ -805,6 +853,15 @@ export function sqlStore<Client>(server: SqlServer<Client>): EffectStore<Client>
       }));
     }
     return await claims.claimAll(all);
+  }
+  async function hasArrived(proofs: Attempts["before"]): Promise<boolean> {
+    for (const [token, key] of proofs) {
+      if (!key) continue;
+      const { sql, values } = dialect.only(table, [key]);
+      const rows = await run(`select token from ${sql}`, values).catch(() => []);
+      if (rows.some((row) => row["token"] !== null && Number(row["token"]) === token)) return true;
+    }
+    return false;
   }
   /** A key whose message is still in the outbox would be a new key. */
   async function stillInOutbox(run: Run, keys: readonly EffectKey[]): Promise<Set<string>> {
@@ -832,9 +889,8 @@ export interface SqlOutboxOptions extends OutboxOptions {
   readonly keep?: boolean;
 }
 
-const literal = (text: string): string => `'${text.replaceAll("'", "''")}'`;
 const HELD = ["waiting", "parked", "blocked"] as const;
-const inList = (texts: readonly string[]): string => texts.map(literal).join(", ");
+const inList = (texts: readonly string[]): string => texts.map((text) => `'${text}'`).join(", ");
 /** Numbers of rows, which come from the database or from JSON: as literals, since there may be thousands. */
 const numbers = (seqs: readonly string[]): string => {
   if (!seqs.every((seq) => /^\d+$/.test(seq))) throw new EffectError("source_invalid", "A batch has rows without numbers");
@@ -882,17 +938,17 @@ interface Pending {
 
 /** The outbox of a server as a source, for the relays and for operators. */
 export function sqlOutbox(server: SqlServer<never>, options: SqlOutboxOptions = {}): ShardedOutbox {
-  const { name, dialect, tables, run, write, listen } = server;
+  const { name, dialect, tables, run, write, listen } = checked(server);
   const { clock } = dialect;
   const { outbox, columns: c } = tables;
   const { keep = false } = options;
   const topics = options.topics && [...new Set(options.topics)];
   if (topics?.length === 0) throw new RangeError("Cannot read no topics: name one at least, or leave them out for all");
   for (const topic of topics ?? []) {
-    if (/[\0\\]/.test(topic)) throw new RangeError(`Cannot read topic ${JSON.stringify(topic)}: no topic has such a name`);
+    if (topic.includes("\0")) throw new RangeError(`Cannot read topic ${JSON.stringify(topic)}: no topic has such a name`);
   }
   const among = (topics: readonly string[] | null | undefined, of = ""): string =>
-    topics ? ` and ${of}${c.topic} in (${inList(topics)})` : "";
+    topics ? ` and ${of}${c.topic} in (${topics.map(dialect.literal).join(", ")})` : "";
   const mine = among(topics);
   const idText = tables.existing ? dialect.text(c.id) : c.id;
   const headersOf = Object.entries(tables.existing?.headerColumns ?? {});
@@ -944,7 +1000,7 @@ export function sqlOutbox(server: SqlServer<never>, options: SqlOutboxOptions = 
         order by o.${c.seq} limit ${limit}`;
     const first = topics
       ? `select place from (${
-        topics.map((topic) => `(${some(` and o.${c.topic} = ${literal(topic)}`)})`).join(" union all ")
+        topics.map((topic) => `(${some(` and o.${c.topic} = ${dialect.literal(topic)}`)})`).join(" union all ")
       }) t order by place limit ${limit}`
       : some("");
     // What is beyond the bytes stays where it is: only sizes are read of it.
@@ -1012,7 +1068,8 @@ export function sqlOutbox(server: SqlServer<never>, options: SqlOutboxOptions = 
   async function freeStranded(transaction: Transaction, onPark: "block" | "skip"): Promise<void> {
     for (let key = "";;) {
       const [next] = await transaction.run(
-        `select min(${c.key}) as message_key from ${outbox} where ${c.state} = 'blocked' and ${c.key} > ?${mine}`,
+        `select min(${dialect.sortable(c.key)}) as message_key from ${outbox}
+          where ${c.state} = 'blocked' and ${dialect.sortable(c.key)} > ?${mine}`,
         [key],
       );
       if (!next || next["message_key"] === null) return;
@@ -1092,7 +1149,6 @@ export function sqlOutbox(server: SqlServer<never>, options: SqlOutboxOptions = 
     new EffectError("source_invalid", `${name} has ${count} shard${count === 1 ? "" : "s"}, and none of number ${shard}`);
 
   async function openSession({ relay, protocol, onPark, leaseMs }: SourceOptions, { shard, member }: Part) {
-    await checkSchema();
     const { count, generation } = await readShards({ run });
     if (member === undefined && count > 1) {
       throw new EffectError("source_invalid", `${name} has ${count} shards: relay it by relayShards(), or the command line`);
@@ -1392,10 +1448,6 @@ export function sqlOutbox(server: SqlServer<never>, options: SqlOutboxOptions = 
     return session;
   }
 
-  async function checkSchema(): Promise<void> {
-    const [row] = await run(`select value from ${tables.meta} where name = 'schema_version'`);
-    checkVersion(name, Number(row?.["value"] === undefined ? 0 : textOf(row["value"])));
-  }
   const shown = `${idText} as id, ${tables.existing ? dialect.text(c.topic) : c.topic} as topic,
     ${tables.existing ? dialect.text(c.key) : c.key} as message_key, ${c.state} as state,
     coalesce(${c.reason}, '') as reason, ${c.untilMs} as until_ms`;

@@ -29,7 +29,7 @@ import {
 } from "./server.ts";
 import { parts } from "./url.ts";
 
-const schemeOf = (scheme: string): ServerScheme => ({ scheme, port: 3306, parameters: [] });
+const schemeOf = (scheme: string): ServerScheme => ({ scheme, port: 3306, parameters: [], users: ["USER"] });
 
 interface OpenPool extends MysqlPool {
   on(event: "connection", listener: (connection: NewConnection) => void): unknown;

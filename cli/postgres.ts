@@ -37,7 +37,12 @@ import {
 import { choice, parts } from "./url.ts";
 import { dereference } from "./variables.ts";
 
-const SCHEME: ServerScheme = { scheme: "postgres", port: 5432, parameters: ["listen", "listen-url"] };
+const SCHEME: ServerScheme = {
+  scheme: "postgres",
+  port: 5432,
+  parameters: ["listen", "listen-url"],
+  users: ["PGUSER", "USER"],
+};
 /** What pg reads whatever it is told; all else it is told. */
 const VARIABLES = ["PGBINARY", "PGOPTIONS", "PGREPLICATION"];
 

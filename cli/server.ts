@@ -9,6 +9,7 @@ import type { Check } from "./database.ts";
 import { codeOf, reason, UsageError } from "./errors.ts";
 import { need } from "./permissions.ts";
 import { choice, onlyParameters, parts, type UrlParts } from "./url.ts";
+import { variable } from "./variables.ts";
 
 /** For how long to try before a server counts as away, and for how long the adapters wait. */
 export const WAIT_MS = 5_000;
@@ -55,6 +56,8 @@ export interface ServerScheme {
   readonly port: number;
   /** Parameters of its own. */
   readonly parameters: readonly string[];
+  /** The variables that name the user of a URL without one, as its own programs have it. */
+  readonly users: readonly string[];
 }
 
 /** What the tables are called, by the parameters of a URL. */
@@ -134,13 +137,14 @@ const example = ({ scheme, port }: ServerScheme) => `${scheme}://user:password@h
 export function readServer(label: string, url: string, known: ServerScheme): ServerUrl {
   const { tables, read } = readTables(label, url, known.parameters);
   const { hostname, port: portText, username, password, pathname } = authority(label, read, known);
-  const [user, secret, database] = [username, password, pathname.slice(1)].map((text) => {
+  const [given, secret, database] = [username, password, pathname.slice(1)].map((text) => {
     try {
       return decodeURIComponent(text);
     } catch {
       throw new UsageError(`${label}: a % must be followed by two hexadecimal digits; one that stands for itself is %25`);
     }
   }) as [string, string, string];
+  const user = given || (known.users.map(variable).find((name) => name !== undefined) ?? "");
   for (const [text, what] of [[hostname, "host"], [user, "user"], [database, "database"]] as const) {
     if (text === "") throw new UsageError(`${label} names no ${what}: write ${example(known)}`);
   }

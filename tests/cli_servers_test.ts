@@ -573,10 +573,13 @@ const USAGE: readonly (readonly [url: string, ...says: (string | RegExp)[]])[] =
 
 Deno.test("what a person mistypes in the URL of a server: exit code 2, and what is meant, without the password", async (t) => {
   await using at = await emptyBox();
-  const ended = await at.many(USAGE.flatMap(([url]) => [
-    ["status", "--store", url],
-    ["relay", "--from", url, "--to", "stdout:", "--drain"],
-  ]));
+  const ended = await at.many(
+    USAGE.flatMap(([url]) => [
+      ["status", "--store", url],
+      ["relay", "--from", url, "--to", "stdout:", "--drain"],
+    ]),
+    { USER: "", PGUSER: "" },
+  );
   for (const [i, [url, ...says]] of USAGE.entries()) {
     await t.step(url, () => {
       assertUsage(ended[2 * i]!, "--store", ...says);
@@ -761,6 +764,9 @@ onEach("permissions: the sentence names what is missing, and that suffices", asy
   const line = ["status", "--store", url];
   assertFailure(await at.run(line, { deno: ["--no-prompt"] }), `Opening ${name} needs ${flags.join(" and ")}`);
   await at.ok(line, { deno: ["--no-prompt", ...flags] });
+  const { username } = new URL(url);
+  const anonymous = url.replace(`//${username}@`, "//");
+  if (anonymous !== url) await at.ok(["status", "--store", anonymous], { env: { USER: username, PGUSER: "" } });
   const relay = shop.relay("stdout:", "--drain");
   assertEquals((await at.run(relay, { deno: ["--no-prompt", ...flags] })).code, 0);
 });

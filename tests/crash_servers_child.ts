@@ -18,7 +18,13 @@ import {
   type Source,
 } from "@effectonce/effectonce";
 import { httpSink } from "@effectonce/effectonce/http";
-import { migrateMysql, mysqlOutbox, type MysqlOutboxOptions, type MysqlPool, mysqlStore } from "@effectonce/effectonce/mysql";
+import {
+  migrateMysql,
+  mysqlOutbox,
+  type MysqlOutboxOptions,
+  type MysqlPool,
+  mysqlStore,
+} from "@effectonce/effectonce/mysql";
 import {
   migratePostgres,
   postgresOutbox,
@@ -41,7 +47,7 @@ export interface Connected extends AsyncDisposable {
   readonly kind: Kind;
   store(options?: Options): EffectStore<unknown>;
   outbox(options?: Options): ShardedOutbox;
-  migrate(options?: Options): Promise<void>;
+  migrate(options?: Options & { readonly accept?: boolean }): Promise<void>;
   /** One statement, which commits by itself. */
   readonly sql: Sql;
   /** A connection of its own. */
@@ -170,8 +176,12 @@ export async function makeLedger({ kind, sql }: Connected): Promise<void> {
 export const ledgerOf = async ({ sql }: Pick<Connected, "sql">): Promise<string[]> =>
   (await sql("select id from ledger order by n")).map(({ id }) => String(id));
 /** A sink that writes the ledger; `handled` is awaited within the transaction. */
-export const ledgerSink = (target: Connected, handled: (id: string) => Promise<void> = async () => {}): AtomicSink =>
-  handler(target.store(), async ({ id }, _, client) => {
+export const ledgerSink = (
+  target: Connected,
+  handled: (id: string) => Promise<void> = async () => {},
+  options: Options = {},
+): AtomicSink =>
+  handler(target.store(options), async ({ id }, _, client) => {
     await target.on(client)("insert into ledger (id, pid) values (?, ?)", [id, Deno.pid]);
     await handled(id);
   });

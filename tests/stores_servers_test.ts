@@ -1027,13 +1027,13 @@ eachServer("says that there are no tables, and works once they are there", async
     const error = await assertRejects(use, EffectError, 'run "init"');
     assertEquals(error.code, "schema_missing");
   }
+  await db.migrate(pool);
   const own = await assertRejects(() =>
     store.transaction((_, client: never) =>
       (client as { query(sql: string): Promise<unknown> }).query("select * from elsewhere")
     )
   );
   assert(!(own instanceof EffectError), "a table of the application's own that is missing is not ours");
-  await db.migrate(pool);
   for (const use of uses) await use();
 }, { migrated: false });
 
@@ -1261,6 +1261,12 @@ Deno.test("pglite refuses to work while a transaction of the application's own i
   assertEquals((await db.query("select * from orders")).rows, []);
   assertEquals((await store.count()).claimed, 0);
   assertEquals((await outbox.status()).pending, 1);
+  await store.transaction(async (effects, client) => {
+    const own: PGlite = client;
+    await own.query("insert into orders values ($1)", [1]);
+    await effects.claim(KEY);
+  });
+  assertEquals((await db.query("select * from orders")).rows, [{ id: 1 }]);
   await db.exec("begin");
   await db.exec("select * from nowhere").catch(() => {});
   await assertRejects(() => store.count());
