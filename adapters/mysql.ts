@@ -29,6 +29,7 @@ import {
   type Dialect,
   EFFECT_COLUMNS,
   type ExistingOutbox,
+  notePlace,
   outboxName,
   patiently,
   type Row,
@@ -598,6 +599,7 @@ export async function migrateMysql(pool: MysqlPool, options: MysqlMigration = {}
     connection.release();
   }
   const { shards, accept = false } = options;
+  await write(({ run }) => notePlace(server, run));
   if (accept) await write(({ run }) => acceptPlace(server, run));
   if (shards === undefined) return;
   const alone = { sql: `select value from ${tables.meta} where name = 'outbox_id' for update`, values: [] };

@@ -32,6 +32,7 @@ import {
   type Dialect,
   EFFECT_COLUMNS,
   type ExistingOutbox,
+  notePlace,
   outboxName,
   patiently,
   type Row,
@@ -687,6 +688,7 @@ export async function migratePostgres(
       crypto.randomUUID(),
       outboxName(tables),
     ]);
+    await notePlace(server, run);
     if (options.accept) await acceptPlace(server, run);
     if (options.shards !== undefined) await setShards(name, tables, transaction, options.shards);
     const { notify } = options;

@@ -649,6 +649,12 @@ async function placeOf({ dialect, tables }: Pick<SqlServer<unknown>, "dialect" |
   return textOf(row!["place"]);
 }
 
+/** Notes where the tables are, unless that is known: from the first, so that no dump is without it. */
+export async function notePlace(server: Pick<SqlServer<unknown>, "dialect" | "tables">, run: Run): Promise<void> {
+  const insert = `insert into ${server.tables.meta} (name, value) values ('place', ?)`;
+  await server.dialect.insertNew(run, insert, [await placeOf(server, run)], 1);
+}
+
 /** Takes the tables for those that claims were made in, where they are now. */
 export async function acceptPlace(server: Pick<SqlServer<unknown>, "dialect" | "tables">, run: Run): Promise<void> {
   const place = await placeOf(server, run);
@@ -680,6 +686,8 @@ function checked<Client>(server: SqlServer<Client>): SqlServer<Client> {
   };
 }
 
+const isClaim = (answer: unknown): boolean => (answer as Claim | undefined)?.state === "claimed";
+
 /** Claims and positions on a server. */
 export function sqlStore<Client>(unchecked: SqlServer<Client>): EffectStore<Client> {
   const server = checked(unchecked);
@@ -693,8 +701,7 @@ export function sqlStore<Client>(unchecked: SqlServer<Client>): EffectStore<Clie
     const known = `select value from ${tables.meta} where name = 'place'`;
     let [stored] = await run(known);
     if (!stored) {
-      const insert = `insert into ${tables.meta} (name, value) values ('place', ?)`;
-      await write(({ run }) => dialect.insertNew(run, insert, [place], 1));
+      await write(({ run }) => notePlace(server, run));
       [stored] = await run(known);
     }
     if (textOf(stored!["value"]) === place) return;
@@ -704,6 +711,8 @@ export function sqlStore<Client>(unchecked: SqlServer<Client>): EffectStore<Clie
         `Once you have made sure that nothing was, tell it so: relay --accept-source`,
     );
   }
+  /** Tokens of claims that nobody was told of, since the server was away for too long: they are nobody's, and not begun. */
+  const untold = new Set<number>();
   const claims = claimStore({
     name,
     change<T>(steps: readonly { readonly key: EffectKey; readonly step: EffectStep<T> }[]) {
@@ -719,7 +728,8 @@ export function sqlStore<Client>(unchecked: SqlServer<Client>): EffectStore<Clie
             const answers = before.get(Number(stored["token"]));
             if (answers) return answers;
             const row = toEffect(stored);
-            found.set(joined(row), row);
+            const free = row.state === "claimed" && untold.has(Number(stored["token"]));
+            found.set(joined(row), free ? { ...row, untilMs: 0, firstMs: row.doubt ? row.firstMs : null } : row);
           }
         }
         const now = Math.floor(transaction.now());
@@ -746,6 +756,9 @@ export function sqlStore<Client>(unchecked: SqlServer<Client>): EffectStore<Clie
         }
         before.set(token, answers);
         return answers;
+      }).catch((error) => {
+        for (const [token, answers] of before) if (answers.some(isClaim)) untold.add(token);
+        throw error;
       });
     },
     async list({ state, scope, key, limit, after }) {

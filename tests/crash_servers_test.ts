@@ -188,9 +188,6 @@ const IDS = round(0);
 function chargesOf(target: Target): string[] {
   return target.keys().filter((key, i, all) => all.indexOf(key) === i);
 }
-/** Waits until a database says so. */
-const untilLedger = (ledger: Connected, count: number) => until(async () => (await ledgerOf(ledger)).length >= count);
-
 for (const server of KINDS) {
   Deno.test(`${server}: of two relays one is killed in the middle: the other has the rest, nothing lost, nothing twice`, async () => {
     await using payments = new Target();

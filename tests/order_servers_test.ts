@@ -284,7 +284,7 @@ onEach(
       const store = own.store({ waitMs });
       let [runs, committed, busy] = [0, 0, 0];
       const shuffled = () => orders.toSorted(() => Math.random() - 0.5);
-      async function pay(round: string, way: number): Promise<void> {
+      const pay = async (round: string, way: number): Promise<void> => {
         await store.transaction(async (effects, client) => {
           runs++;
           const sql = own.on(client);
@@ -304,8 +304,8 @@ onEach(
           }
         });
         committed++;
-      }
-      async function write(writer: number): Promise<void> {
+      };
+      const write = async (writer: number): Promise<void> => {
         for (let n = 0; n < rounds; n++) {
           for (let done = false; !done;) {
             done = await pay(`${waitMs} ${n}`, writer % 3).then(() => true, (error: EffectError) => {
@@ -315,7 +315,7 @@ onEach(
             });
           }
         }
-      }
+      };
       await Promise.all(Array.from({ length: 20 }, (_, i) => write(i)));
       const paid = (await db.sql("select id from paid")).map(({ id }) => String(id));
       const all = Array.from({ length: rounds }, (_, n) => orders.map((id) => `${waitMs} ${n} ${id}`)).flat();
@@ -409,7 +409,7 @@ onEach("reads of 10,000 rows are searches of its indexes, not of the table (acce
 
   const index = db.kind === "postgres" ? "effectonce_outbox_until" : "effectonce_until on effectonce_outbox";
   await db.sql(`drop index ${index}`);
-  const [{ used }] = await plans(/'waiting' and o.\S+ <= /, ["t4"]) as [{ used: readonly string[] }];
+  const [{ used }] = await plans(/'waiting' and o.\S+ <= /, ["t4"]) as unknown as [{ used: readonly string[] }];
   assertNotEquals(used, ["until"], "an index that is not there is not noticed");
 });
 
