@@ -23,9 +23,12 @@ import { Buffer } from "node:buffer";
 import { EffectError, type EffectStore, realRuntime, type RunSql } from "../mod.ts";
 import {
   acceptPlace,
+  Broken,
   causesOf,
   checkOutbox,
   checkVersion,
+  commitUnknown,
+  createNetworkErrors,
   type Dialect,
   EFFECT_COLUMNS,
   type ExistingOutbox,
@@ -44,6 +47,7 @@ import {
   type TableOptions,
   type Tables,
   tablesOf,
+  takeWithin,
   VERSION,
 } from "./sql.ts";
 export type { ExistingOutbox, ShardedOutbox, TableOptions };
@@ -160,7 +164,6 @@ const dialect: Dialect = {
     [...EFFECT_COLUMNS, "token"].map((column) => `${column} = values(${column})`).join(", ")
   }`,
   literal,
-  sortable: (expression) => expression,
   // By one search for each: for several conditions its optimizer reads, and locks, all rows of a small table.
   only: (table, keys) => ({
     sql: `(select ? as s, ? as k${" union all select ?, ?".repeat(keys.length - 1)}) w
@@ -209,26 +212,19 @@ const DUPLICATE_COLUMN = 1060;
 const ENDED = [1205, 1213, 1020, 3572];
 // Too many connections, shut down, read only, gone, lost; the server's own codes for a broken connection.
 const AWAY = [1040, 1053, 1203, 1290, 1836, 1927, 4031, 2006, 2013];
-const BROKEN = [
-  ...["ECONNREFUSED", "ECONNRESET", "EPIPE", "ETIMEDOUT", "EHOSTUNREACH", "ENETUNREACH", "EAI_AGAIN"],
-  ...["PROTOCOL_CONNECTION_LOST", "PROTOCOL_SEQUENCE_TIMEOUT", "ER_CLIENT_INTERACTION_TIMEOUT"],
-];
+const BROKEN = ["PROTOCOL_CONNECTION_LOST", "PROTOCOL_SEQUENCE_TIMEOUT", "ER_CLIENT_INTERACTION_TIMEOUT"];
 
 /** The server's numbers of an error; https://dev.mysql.com/doc/mysql-errors/9.4/en/server-error-reference.html */
 const numbersOf = (error: unknown): readonly number[] =>
   [...causesOf(error)].flatMap(({ errno }) => typeof errno === "number" ? [errno] : []);
 
-/** Errors of the network that came out of an application's function while our own connection was well. */
-const foreign = new WeakSet<Error>();
-const isOfNetwork = (error: unknown): boolean =>
-  !foreign.has(error as Error) &&
-  [...causesOf(error)].some(({ code, message }) =>
-    typeof code === "string" && BROKEN.includes(code) || /closed state/.test(String(message))
-  );
+const network = createNetworkErrors(({ code, message }) =>
+  BROKEN.includes(String(code)) || /closed state/.test(String(message))
+);
 
 const failures = {
   isBusy: (error: unknown) => numbersOf(error).some((number) => ENDED.includes(number)),
-  isAway: (error: unknown) => isOfNetwork(error) || numbersOf(error).some((number) => AWAY.includes(number)),
+  isAway: (error: unknown) => network.has(error) || numbersOf(error).some((number) => AWAY.includes(number)),
 };
 // Besides: disk full, table full, out of memory, engine errors.
 const OURS = [1021, 1037, 1038, 1041, 1114, 1030, 1180, 1181];
@@ -237,19 +233,10 @@ const isDatabaseFailure = (error: unknown): boolean =>
 
 type Taken = Awaited<ReturnType<MysqlPool["getConnection"]>>;
 
-/** Takes a connection within `waitMs`: a pool that is in use to the last would wait for ever, perhaps for its own caller. */
-async function takeFrom(pool: MysqlPool, name: string, waitMs: number): Promise<Taken> {
-  const over = new AbortController();
-  const taken = pool.getConnection();
-  const late = realRuntime.sleep(waitMs, over.signal).then(() => undefined);
-  const connection = await Promise.race([taken, late]).finally(() => over.abort());
-  if (connection) return connection;
-  taken.then((connection) => connection.release(), () => {});
-  throw new EffectError("busy", `${name} had no free connection for ${waitMs} ms: its pool is too small, or held in use`);
-}
-
-/** The connection is not to be used again. */
-class Broken extends Error {}
+const runOn = (connection: MysqlConnection): Run => async (sql, values = []) => {
+  const [rows] = await connection.query({ sql: inlined(sql, values), ...PLAIN });
+  return Array.isArray(rows) ? rows as readonly Row[] : [];
+};
 
 interface Connection {
   readonly connection: Taken;
@@ -292,13 +279,10 @@ function createServer<Client>(pool: MysqlPool, options: MysqlOptions): SqlServer
   const tables = tablesOf(options);
   let checked = false;
   async function connected<T>(use: (connection: Connection) => Promise<T>): Promise<T> {
-    const connection = await takeFrom(pool, name, waitMs);
+    const connection = await takeWithin(name, waitMs, pool.getConnection(), (connection) => connection.release());
     let broken = false;
     try {
-      const run: Run = async (sql, values = []) => {
-        const [rows] = await connection.query({ sql: inlined(sql, values), ...PLAIN });
-        return Array.isArray(rows) ? rows as readonly Row[] : [];
-      };
+      const run = runOn(connection);
       if (!checked) await checkCharacters(name, run);
       checked = true;
       return await use({ connection, run });
@@ -317,10 +301,10 @@ function createServer<Client>(pool: MysqlPool, options: MysqlOptions): SqlServer
   const again = <T>(run: () => Promise<T>): Promise<T> => named(name, tables, patiently(name, waitMs, failures, run));
   async function rollback({ run }: Connection, cause: unknown, after?: string): Promise<never> {
     try {
-      const ofNetwork = isOfNetwork(cause);
+      const ofNetwork = network.has(cause);
       if (ofNetwork || !(cause instanceof Broken || failures.isAway(cause))) {
         await run("rollback");
-        if (ofNetwork) foreign.add(cause as Error); // Our connection is well.
+        if (ofNetwork) network.disown(cause); // Our connection is well.
         if (after) await run(after);
       }
     } catch {
@@ -377,11 +361,7 @@ function createServer<Client>(pool: MysqlPool, options: MysqlOptions): SqlServer
         const run = open as RunSql;
         return (sql, values) => run(quoted(sql), values);
       }
-      const connection = open as MysqlConnection;
-      return async (sql, values) => {
-        const [rows] = await connection.query({ sql: inlined(sql, values as readonly SqlValue[]), ...PLAIN });
-        return Array.isArray(rows) ? rows as readonly Row[] : [];
-      };
+      return runOn(open as MysqlConnection) as RunSql;
     },
     isDatabaseFailure,
   };
@@ -391,8 +371,7 @@ function createServer<Client>(pool: MysqlPool, options: MysqlOptions): SqlServer
       await run("commit");
     } catch (error) {
       if (!failures.isAway(error) || mayAgain()) throw error;
-      const why = `The connection to ${name} broke during COMMIT, and nothing that it claimed tells whether that was done`;
-      throw new Broken(why, { cause: new EffectError("uncertain", why, { cause: error }) });
+      throw commitUnknown(name, error);
     }
   }
 }
@@ -562,11 +541,13 @@ ${end}`,
 /** The SQL of the tables, for people who run their own migrations; the last lines insert the version and the identity. */
 export function mysqlSchema(flavor: MysqlFlavor, options: TableOptions = {}): string {
   const tables = tablesOf(options);
+  const place = dialect.place(tables);
   const statements = [
     ...migrations(tables, flavor).flat(),
     `insert into ${tables.meta} (name, value) values ('schema_version', '${VERSION}')`,
     `insert into ${tables.meta} (name, value) values ('outbox_id', uuid())`,
     `insert into ${tables.meta} (name, value) values ('outbox', '${outboxName(tables)}')`,
+    `insert into ${tables.meta} (name, value) values ('place', (${inlined(place.sql, place.values)}))`,
   ];
   return statements.map((sql) => `${quoted(sql)};\n`).join("");
 }
@@ -580,11 +561,8 @@ export async function migrateMysql(pool: MysqlPool, options: MysqlMigration = {}
   const { name = "mysql", waitMs = 5_000 } = options;
   const server = createServer<never>(pool, options);
   const { tables, write } = server;
-  const connection = await takeFrom(pool, name, waitMs);
-  const run: Run = async (sql, values = []) => {
-    const [rows] = await connection.query({ sql: inlined(sql, values), ...PLAIN });
-    return Array.isArray(rows) ? rows as readonly Row[] : [];
-  };
+  const connection = await takeWithin(name, waitMs, pool.getConnection(), (connection) => connection.release());
+  const run = runOn(connection);
   try {
     // Its statements commit by themselves, so no transaction keeps two of these apart. The lock is this connection's.
     const lock = `effectonce ${tables.prefix}`.slice(0, 60);

@@ -26,9 +26,12 @@ import { EffectError, type EffectStore, realRuntime, type RunSql } from "../mod.
 import { createTurns } from "./shared.ts";
 import {
   acceptPlace,
+  Broken,
   causesOf,
   checkOutbox,
   checkVersion,
+  commitUnknown,
+  createNetworkErrors,
   type Dialect,
   EFFECT_COLUMNS,
   type ExistingOutbox,
@@ -47,6 +50,7 @@ import {
   type TableOptions,
   type Tables,
   tablesOf,
+  takeWithin,
   VERSION,
 } from "./sql.ts";
 export type { ExistingOutbox, ShardedOutbox, TableOptions };
@@ -182,7 +186,6 @@ const dialect: Dialect = {
     [...EFFECT_COLUMNS, "token"].map((column) => `${column} = excluded.${column}`).join(", ")
   }`,
   literal,
-  sortable: (expression) => `(${expression})::text collate "C"`,
   only: (table, keys) => ({
     sql: `${table} where (${keys.map(() => `scope = ? and "key" = ?`).join(" or ")})`,
     values: keys.flatMap(({ scope, key }) => [scope, key]),
@@ -215,21 +218,16 @@ function codesOf(error: unknown): readonly string[] {
 const BUSY = ["40001", "40P01", "55P03", "25P03"];
 // Shut down, crashed, starting; too many connections; what was the primary is read-only now.
 const AWAY = ["57P01", "57P02", "57P03", "53300", "25006"];
-const NO_CONNECTION = ["ECONNREFUSED", "ECONNRESET", "EPIPE", "ETIMEDOUT", "EHOSTUNREACH", "ENETUNREACH", "EAI_AGAIN"];
 // Those of pg have no code.
 const BROKEN =
   /^(Connection terminated|timeout exceeded when trying to connect|Client has encountered a connection error|Client was closed)/;
 
-/** Errors of the network that came out of an application's function while our own connection was well. */
-const foreign = new WeakSet<Error>();
-const isOfNetwork = (error: unknown): boolean =>
-  !foreign.has(error as Error) && (codesOf(error).some((code) => NO_CONNECTION.includes(code)) ||
-    [...causesOf(error)].some(({ message }) => typeof message === "string" && BROKEN.test(message)));
+const network = createNetworkErrors(({ message }) => BROKEN.test(String(message)));
 
 const failures = {
   isBusy: (error: unknown) => codesOf(error).some((code) => BUSY.includes(code)),
   isAway: (error: unknown) =>
-    isOfNetwork(error) || codesOf(error).some((code) => code.startsWith("08") || AWAY.includes(code)),
+    network.has(error) || codesOf(error).some((code) => code.startsWith("08") || AWAY.includes(code)),
 };
 
 /** What is the server's own doing, and says nothing about a statement: its classes 08, 40, 53 to 58 and XX. */
@@ -278,10 +276,11 @@ function createConnections(source: PostgresPool | PostgresDatabase, name: string
         throw new EffectError(open ? "source_invalid" : "busy", `${why} of ${name}: commit it first, or join it`);
       });
   }
+  survive(source);
   return async <T>(use: (connection: Connection<unknown>) => Promise<T>): Promise<T> => {
-    const client = await takeFrom(source, name, waitMs) as Listening & { release(destroy?: boolean): void };
-    // A connection that breaks while nobody waits for an answer would end the process.
-    client.on?.("error", ignore);
+    const taken = await takeWithin(name, waitMs, source.connect(), (client) => client.release());
+    const client = taken as typeof taken & Listening;
+    client.on?.("error", ignore); // One that was in the pool before.
     // Taken once: a transaction puts its own in front.
     const query = client.query;
     let broken = false;
@@ -299,25 +298,22 @@ function createConnections(source: PostgresPool | PostgresDatabase, name: string
       broken = error instanceof Broken || failures.isAway(error);
       throw error instanceof Broken ? error.cause : error;
     } finally {
-      client.off?.("error", ignore);
+      if (!broken) client.off?.("error", ignore);
       client.release(broken);
     }
   };
 }
 const singles = new WeakMap<PostgresDatabase, ReturnType<typeof createTurns>>();
+const pools = new WeakSet<PostgresPool>();
 
-/** The connection is not to be used again. */
-class Broken extends Error {}
-
-/** Takes a connection within `waitMs`: a pool that is in use to the last would wait for ever, perhaps for its own caller. */
-async function takeFrom(pool: PostgresPool, name: string, waitMs: number) {
-  const over = new AbortController();
-  const taken = pool.connect();
-  const late = realRuntime.sleep(waitMs, over.signal).then(() => undefined);
-  const client = await Promise.race([taken, late]).finally(() => over.abort());
-  if (client) return client;
-  taken.then((client) => client.release(), ignore);
-  throw new EffectError("busy", `${name} had no free connection for ${waitMs} ms: its pool is too small, or held in use`);
+/**
+ * Lets connections break without a listener of the application's, which would end the process. From their first moment: that
+ * one is there and that it breaks can come in one message of the network, before anybody was handed it.
+ */
+function survive(pool: PostgresPool): void {
+  if (pools.has(pool)) return;
+  pools.add(pool);
+  (pool as Partial<Listening>).on?.("connect", (client) => void (client as Listening).on?.("error", ignore));
 }
 
 /** Lets BEGIN ride along with the first statement of a transaction, whoever sends it. */
@@ -339,8 +335,9 @@ function createBeginning({ client, run, script }: Connection<unknown>, begin: st
     return begun.then(() => query.apply(client, args));
   };
   return {
+    /** The answer to BEGIN, once it was sent. */
     get begun() {
-      return begun !== undefined;
+      return begun;
     },
     unhook,
     async run(sql: string, values: readonly SqlValue[] = []): Promise<readonly Row[]> {
@@ -367,9 +364,9 @@ function createServer<Client>(source: PostgresPool | PostgresDatabase, options: 
   const again = <T>(run: () => Promise<T>): Promise<T> => named(name, tables, patiently(name, waitMs, failures, run));
   async function rollback({ script }: Connection<unknown>, cause: unknown): Promise<never> {
     try {
-      const ofNetwork = isOfNetwork(cause);
+      const ofNetwork = network.has(cause);
       if (ofNetwork || !(cause instanceof Broken || failures.isAway(cause))) await script("rollback");
-      if (ofNetwork) foreign.add(cause as Error); // Our connection is well.
+      if (ofNetwork) network.disown(cause); // Our connection is well.
     } catch {
       throw new Broken("rollback failed", { cause });
     }
@@ -405,11 +402,13 @@ function createServer<Client>(source: PostgresPool | PostgresDatabase, options: 
             if (single) await script(`begin; ${limits}`);
             const answer = await run((transaction?.run ?? connection.run) as RunSql, client as Client);
             if (!single && !transaction!.begun) return answer;
+            // Without a BEGIN there would be nothing to commit, and COMMIT would say that it was done.
+            await transaction?.begun;
             await commit(connection, mayAgain);
             return answer;
           } catch (error) {
             if (single || transaction!.begun) return await rollback(connection, error);
-            if (isOfNetwork(error)) foreign.add(error as Error);
+            network.disown(error); // No statement was sent.
             throw error;
           } finally {
             transaction?.unhook();
@@ -434,8 +433,7 @@ function createServer<Client>(source: PostgresPool | PostgresDatabase, options: 
       command = (await script(source && "connect" in source ? "commit" : "select 1; commit")).command;
     } catch (error) {
       if (!failures.isAway(error) || mayAgain()) throw error;
-      const why = `The connection to ${name} broke during COMMIT, and nothing that it claimed tells whether that was done`;
-      throw new Broken(why, { cause: new EffectError("uncertain", why, { cause: error }) });
+      throw commitUnknown(name, error);
     }
     // A COMMIT of a transaction that has failed is answered with ROLLBACK, and no error.
     if (command === undefined || command === "COMMIT") return;
@@ -498,6 +496,7 @@ const channelOf = ({ schema = "", prefix }: Tables): string => `${schema}.${pref
 
 /** Wakes with each notification, and whenever it listens anew. */
 async function hear(pool: PostgresPool, channel: string, wake: () => void, signal: AbortSignal): Promise<void> {
+  survive(pool);
   while (!signal.aborted) {
     let client: Awaited<ReturnType<PostgresPool["connect"]>> | undefined;
     try {
@@ -644,11 +643,13 @@ function migrations(tables: Tables): readonly (readonly string[])[] {
 /** The SQL of the tables, for people who run their own migrations; the last lines insert the version and the identity. */
 export function postgresSchema(options: TableOptions = {}): string {
   const tables = tablesOf(options);
+  const place = dialect.place(tables);
   const statements = [
     ...migrations(tables).flat(),
     `insert into ${tables.meta} (name, value) values ('schema_version', '${VERSION}')`,
     `insert into ${tables.meta} (name, value) values ('outbox_id', gen_random_uuid()::text)`,
     `insert into ${tables.meta} (name, value) values ('outbox', '${outboxName(tables)}')`,
+    `insert into ${tables.meta} (name, value) values ('place', (${inlined(place.sql, place.values)}))`,
   ];
   return statements.map((sql) => `${sql};\n`).join("");
 }

@@ -91,8 +91,6 @@ export interface Dialect {
   after(key: EffectKey): { readonly condition: string; readonly values: readonly SqlValue[] };
   /** A text that is given, for use in a statement's text. */
   literal(text: string): string;
-  /** A key of messages as a text that has an order. */
-  sortable(expression: string): string;
   /** The table of effects, of which only those of these keys are looked at and locked; conditions follow behind `and`. */
   only(table: string, keys: readonly EffectKey[]): Statement;
   /** The beginning of a DELETE, before `only`. */
@@ -133,7 +131,7 @@ export interface SqlServer<Client> {
   /** Runs in a transaction, with a first statement that may ride along with its beginning; again if the server ended it. */
   write<T>(run: (transaction: Transaction) => Promise<T>, first?: Statement): Promise<T>;
   /**
-   * Runs an application's function in a transaction. `commit` is awaited before it commits. Runs it again if the server ended
+   * Runs an application's function in a transaction, which commits if the function resolves. Runs it again if the server ended
    * it, or the outcome of its COMMIT is unknown and `again` says that it may.
    */
   transaction<T>(run: (sql: RunSql, client: Client) => Promise<T>, again: () => boolean): Promise<T>;
@@ -414,6 +412,58 @@ export function* causesOf(error: unknown): Generator<Readonly<Record<string, unk
   for (let depth = 0; error instanceof Error && error.name !== "EffectError" && depth < 5; depth++, error = error.cause) {
     yield error as unknown as Readonly<Record<string, unknown>>;
   }
+}
+
+// ------------------------------------------------------------------------------------------------------------ connections
+
+/** What Node calls a network that does not work. */
+const NETWORK = ["ECONNREFUSED", "ECONNRESET", "EPIPE", "ETIMEDOUT", "EHOSTUNREACH", "ENETUNREACH", "EAI_AGAIN"];
+
+/** Tells errors of the connections here from those of an application's own. */
+export interface NetworkErrors {
+  /** Whether it may be a connection's here. */
+  has(error: unknown): boolean;
+  /** It came out of an application's function while the connection here was well. */
+  disown(error: unknown): void;
+}
+
+/**
+ * See {@linkcode NetworkErrors}.
+ *
+ * @param isBroken What else the driver says of a connection that broke.
+ */
+export function createNetworkErrors(isBroken: (side: Readonly<Record<string, unknown>>) => boolean): NetworkErrors {
+  const foreign = new WeakSet<Error>();
+  return {
+    has: (error) =>
+      !foreign.has(error as Error) &&
+      [...causesOf(error)].some((side) => NETWORK.includes(String(side["code"])) || isBroken(side)),
+    disown: (error) => void foreign.add(error as Error),
+  };
+}
+
+/** The connection is not to be used again; the cause is what the caller is told. */
+export class Broken extends Error {}
+
+/** The connection broke during a COMMIT of which nothing tells whether it was done. */
+export function commitUnknown(name: string, cause: unknown): Broken {
+  const why = `The connection to ${name} broke during COMMIT, and nothing that it claimed tells whether that was done`;
+  return new Broken(why, { cause: new EffectError("uncertain", why, { cause }) });
+}
+
+/** A connection within `waitMs`: a pool that is in use to the last would wait for ever, perhaps for its own caller. */
+export async function takeWithin<Taken extends object>(
+  name: string,
+  waitMs: number,
+  taken: Promise<Taken>,
+  giveBack: (taken: Taken) => void,
+): Promise<Taken> {
+  const over = new AbortController();
+  const late = realRuntime.sleep(waitMs, over.signal).then(() => undefined);
+  const connection = await Promise.race([taken, late]).finally(() => over.abort());
+  if (connection) return connection;
+  taken.then(giveBack, () => {});
+  throw new EffectError("busy", `${name} had no free connection for ${waitMs} ms: its pool is too small, or held in use`);
 }
 
 // --------------------------------------------------------------------------------------------------------------- effects
@@ -846,7 +896,8 @@ export function sqlStore<Client>(unchecked: SqlServer<Client>): EffectStore<Clie
       } catch (error) {
         // The answer to an earlier COMMIT was lost on its way: its claim is there, so all of it is. The function may have failed
         // for what it had written itself.
-        if (answer && (error instanceof CommittedBefore || await hasArrived(attempts.before))) return answer.value;
+        const proofs = [...attempts.before, ...attempts.mine];
+        if (answer && (error instanceof CommittedBefore || await hasArrived(proofs))) return answer.value;
         throw error;
       }
     },
@@ -867,7 +918,7 @@ export function sqlStore<Client>(unchecked: SqlServer<Client>): EffectStore<Clie
     }
     return await claims.claimAll(all);
   }
-  async function hasArrived(proofs: Attempts["before"]): Promise<boolean> {
+  async function hasArrived(proofs: readonly (readonly [number | string, EffectKey | undefined])[]): Promise<boolean> {
     for (const [token, key] of proofs) {
       if (!key) continue;
       const { sql, values } = dialect.only(table, [key]);
@@ -903,6 +954,8 @@ export interface SqlOutboxOptions extends OutboxOptions {
 }
 
 const HELD = ["waiting", "parked", "blocked"] as const;
+/** The states of a message that hold back those behind it. */
+const heldBy = (onPark: "block" | "skip"): readonly string[] => onPark === "block" ? ["waiting", "parked"] : ["waiting"];
 const inList = (texts: readonly string[]): string => texts.map((text) => `'${text}'`).join(", ");
 /** Numbers of rows, which come from the database or from JSON: as literals, since there may be thousands. */
 const numbers = (seqs: readonly string[]): string => {
@@ -1051,7 +1104,7 @@ export function sqlOutbox(server: SqlServer<never>, options: SqlOutboxOptions = 
   /** Frees what was held back behind messages of these keys, as far as nothing else of the key is in the way. */
   async function unblock({ run }: Transaction, keys: readonly (string | null)[], onPark: "block" | "skip"): Promise<void> {
     const all = [...new Set(keys)].filter((key) => key !== null);
-    const states = onPark === "block" ? ["waiting", "parked"] : ["waiting"];
+    const states = heldBy(onPark);
     for (const portion of portions(all)) {
       const some = await run(
         `select distinct ${c.key} as message_key from ${outbox}
@@ -1079,16 +1132,14 @@ export function sqlOutbox(server: SqlServer<never>, options: SqlOutboxOptions = 
   }
   /** Frees what is held back behind rows that a person deleted, or that this relay lets pass. */
   async function freeStranded(transaction: Transaction, onPark: "block" | "skip"): Promise<void> {
-    for (let key = "";;) {
-      const [next] = await transaction.run(
-        `select min(${dialect.sortable(c.key)}) as message_key from ${outbox}
-          where ${c.state} = 'blocked' and ${dialect.sortable(c.key)} > ?${mine}`,
-        [key],
-      );
-      if (!next || next["message_key"] === null) return;
-      key = textOf(next["message_key"]);
-      await unblock(transaction, [key], onPark);
-    }
+    // By the first of each key: where that is held back, so are all behind it.
+    const rows = await transaction.run(
+      `select b.message_key from (select ${c.key} as message_key, min(${c.seq}) as place from ${outbox}
+          where ${c.state} = 'blocked'${mine} group by ${c.key}) b
+        where not exists (select 1 from ${outbox} h where h.${c.key} = b.message_key and h.${c.seq} < b.place
+          and h.${c.state} in (${inList(heldBy(onPark))})${among(topics, "h.")})`,
+    );
+    await unblock(transaction, rows.map((row) => textOf(row["message_key"])), onPark);
   }
   async function setAside(transaction: Transaction, parks: readonly Park[], onPark: "block" | "skip"): Promise<void> {
     for (const { message, reason, retryMs } of parks) {
