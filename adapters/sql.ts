@@ -1134,9 +1134,9 @@ export function sqlOutbox(server: SqlServer<never>, options: SqlOutboxOptions = 
   async function freeStranded(transaction: Transaction, onPark: "block" | "skip"): Promise<void> {
     // By the first of each key: where that is held back, so are all behind it.
     const rows = await transaction.run(
-      `select b.message_key from (select ${c.key} as message_key, min(${c.seq}) as place from ${outbox}
+      `select b.message_key from (select ${c.key} as message_key, min(${c.seq}) as lowest from ${outbox}
           where ${c.state} = 'blocked'${mine} group by ${c.key}) b
-        where not exists (select 1 from ${outbox} h where h.${c.key} = b.message_key and h.${c.seq} < b.place
+        where not exists (select 1 from ${outbox} h where h.${c.key} = b.message_key and h.${c.seq} < b.lowest
           and h.${c.state} in (${inList(heldBy(onPark))})${among(topics, "h.")})`,
     );
     await unblock(transaction, rows.map((row) => textOf(row["message_key"])), onPark);

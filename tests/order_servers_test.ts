@@ -397,6 +397,9 @@ onEach("reads of 10,000 rows are searches of its indexes, not of the table (acce
     assertNotEquals(found.length, 0, `no statement is ${which}`);
     return await Promise.all(found.map(([text, values]) => planOf(db, text, values)));
   }
+  for (const { used, whole } of await plans(/ as lowest/)) {
+    assertEquals([used.includes("held"), whole], [true, false], `${used}`);
+  }
   for (const { used, whole } of await plans(/ as place/)) {
     assertEquals([used.includes("pending"), used.includes("held"), whole], [true, true, false], `${used}`);
   }
