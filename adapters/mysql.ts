@@ -195,11 +195,8 @@ const dialect: Dialect = {
         on duplicate key update token = token`,
       values,
     );
-    const rows = await run(
-      `select scope, "key" from ${effects} where token = ${token}
-        and (${keys.map(() => `scope = ? and "key" = ?`).join(" or ")})`,
-      values,
-    );
+    const only = dialect.only(effects, keys);
+    const rows = await run(`select scope, "key" from ${only.sql} and token = ${token}`, only.values);
     return rows.map((row) => ({ scope: String(row["scope"]), key: String(row["key"]) }));
   },
 };

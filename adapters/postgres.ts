@@ -186,8 +186,9 @@ const dialect: Dialect = {
     [...EFFECT_COLUMNS, "token"].map((column) => `${column} = excluded.${column}`).join(", ")
   }`,
   literal,
+  // Not by `or`: where statistics are missing or old, it reads all of a scope.
   only: (table, keys) => ({
-    sql: `${table} where (${keys.map(() => `scope = ? and "key" = ?`).join(" or ")})`,
+    sql: `${table} where (scope, "key") in (values (?::text, ?::text)${", (?, ?)".repeat(keys.length - 1)})`,
     values: keys.flatMap(({ scope, key }) => [scope, key]),
   }),
   deleteFrom: () => "delete from",

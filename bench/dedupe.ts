@@ -26,7 +26,8 @@ export interface DedupeRow {
   readonly handRatio: number | null;
 }
 
-const ROUNDS = 9;
+const ROUNDS = 11;
+const WARM_UP = 3;
 
 /** The value in the middle. */
 export function median(values: readonly number[]): number {
@@ -35,14 +36,14 @@ export function median(values: readonly number[]): number {
 
 const round = (value: number, digits: number): number => Number(value.toFixed(digits));
 
-/** Runs the sides in turn; answers the microseconds of each round. The first round warms up. */
+/** Runs the sides in turn; answers the microseconds of each round. The first rounds warm up. */
 export async function inTurn<S extends string>(times: number, sides: Readonly<Record<S, () => Promise<unknown>>>) {
   const measured = Object.fromEntries(Object.keys(sides).map((side) => [side, [] as number[]])) as Record<S, number[]>;
-  for (let i = 0; i <= ROUNDS; i++) {
+  for (let i = 0; i < WARM_UP + ROUNDS; i++) {
     for (const side of Object.keys(sides) as S[]) {
       const start = performance.now();
       for (let j = 0; j < times; j++) await sides[side]();
-      if (i > 0) measured[side].push((performance.now() - start) * 1000 / times);
+      if (i >= WARM_UP) measured[side].push((performance.now() - start) * 1000 / times);
     }
   }
   return measured;

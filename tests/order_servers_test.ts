@@ -420,6 +420,34 @@ onEach("reads of 10,000 rows are searches of its indexes, not of the table (acce
   assertNotEquals(used, ["until"], "an index that is not there is not noticed");
 });
 
+onEach("claims among many that no statistics know of search for their keys alone", async (db) => {
+  const many = db.kind === "postgres" ? 60_000 : 5_000; // Of fewer PostgreSQL rightly reads all.
+  for (let from = 0; from < many; from += 500) {
+    const rows = Array.from({ length: 500 }, (_, i) => ["s", `k${from + i}`, 1]);
+    await db.sql(
+      `insert into effectonce_effects (scope, "key", changed_ms) values ${rows.map(() => "(?, ?, ?)")}`,
+      rows.flat(),
+    );
+  }
+  const seen = new Map<string, readonly unknown[]>();
+  await using own = connect(db.kind, db.url, { observe: (text, values) => void seen.set(text, values) });
+  const keys = Array.from({ length: 100 }, (_, i) => ({ scope: "s", key: `k${i * 50}` }));
+  const store = own.store();
+  const joined = await store.transaction((effects) => effects.claimAll(keys));
+  const claims = await store.claimAll(keys.map((key) => ({ key, leaseMs: 1_000, repeatWithinMs: 0 })));
+  assertEquals(new Set([...joined, ...claims].map(({ state }) => state)), new Set(["done"]));
+  const reads = [...seen].filter(([text]) => /^select [^]*effectonce_effects/.test(text));
+  assertEquals(reads.length, db.kind === "postgres" ? 2 : 3, reads.map(([text]) => text.slice(0, 80)).join("\n"));
+  for (const [text, values] of reads) {
+    const plan = await db.sql(
+      `explain ${db.kind === "mysql" ? "format=traditional " : ""}${text.replace(/\$\d+/g, "?")}`,
+      values,
+    );
+    const of = plan.map((row) => row["QUERY PLAN"] ?? `${row["table"]} ${row["type"]} ${row["key"]}`).join("\n");
+    assert(/effectonce_effects (eq_ref|ref) PRIMARY|Index Cond: .*scope = .* AND .*key = /.test(of), of);
+  }
+});
+
 // --------------------------------------------------------------------------------------------------------------- idle load
 
 // All at once: each is idle.
