@@ -109,6 +109,7 @@ async function sqliteKit(connect: (path: string) => Sqlite): Promise<Kit> {
 async function postgresKit(): Promise<Kit> {
   const db = await database("postgres");
   const pool = new pg.Pool({ connectionString: db.url, max: 20 });
+  pool.on("error", () => {}); // At the end its database goes before its connections have.
   await migratePostgres(pool);
   const store = postgresStore(pool);
   await pool.query(ORDERS);
