@@ -1,6 +1,25 @@
 /**
  * Relays that share the messages of one outbox, in one process or in many.
  *
+ * ```ts
+ * import { PGlite } from "@electric-sql/pglite";
+ * import { memorySink } from "@effectonce/effectonce/memory";
+ * import { migratePostgres, postgresOutbox, postgresStore } from "@effectonce/effectonce/postgres";
+ * import { relayShards } from "@effectonce/effectonce/shards";
+ * import { equal } from "node:assert/strict";
+ *
+ * const db = new PGlite();
+ * await migratePostgres(db, { shards: 4 });
+ * const store = postgresStore(db);
+ * await store.transaction(async (effects) => {
+ *   await effects.enqueue({ topic: "payments", key: "order-1", value: {} }, { topic: "payments", key: "order-2", value: {} });
+ * });
+ * const to = memorySink();
+ * await relayShards({ from: postgresOutbox(db), to, store, drain: true });
+ * equal(to.messages.length, 2);
+ * await db.close();
+ * ```
+ *
  * @module
  */
 import { EffectError, realRuntime, relay, type RelayOptions, type RelayReport } from "../mod.ts";

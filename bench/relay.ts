@@ -26,8 +26,8 @@ export interface RelayRow {
 
 type Run = (kit: Kit, folder: string, url: string) => Promise<unknown>;
 
-const drained = (to: (folder: string, url: string) => Sink): Run => ({ outbox, store }, folder, url) =>
-  relay({ from: outbox, to: to(folder, url), store, drain: true });
+const drained = (to: (folder: string, url: string) => Sink, lanes?: number): Run => ({ outbox, store }, folder, url) =>
+  relay({ from: outbox, to: to(folder, url), store, drain: true, lanes });
 
 /** What people write by hand: at-least-once, one by one. */
 const byHand: Run = async (kit, _, url) => {
@@ -42,6 +42,7 @@ const byHand: Run = async (kit, _, url) => {
 const CASES: Readonly<Record<string, { readonly rows: number; readonly run: Run }>> = {
   "by hand -> http, at-least-once": { rows: 5_000, run: byHand },
   "claimed -> http": { rows: 5_000, run: drained((_, url) => httpSink(url)) },
+  "claimed -> http, 64 lanes": { rows: 5_000, run: drained((_, url) => httpSink(url), 64) },
   "claimed -> http, idempotent": { rows: 5_000, run: drained((_, url) => httpSink(url, { repeat: "same-key" })) },
   "sealed -> file": { rows: 50_000, run: drained((folder) => fileSink(`${folder}/out.jsonl`)) },
   "sealed -> file, large backlog": { rows: 200_000, run: drained((folder) => fileSink(`${folder}/out.jsonl`)) },

@@ -1,7 +1,7 @@
 /** Relays that share the messages of one outbox. */
 import { assert, assertEquals, assertRejects } from "@std/assert";
 import { createHash } from "node:crypto";
-import { relayShards } from "../adapters/shards.ts";
+import { relayShards } from "@effectonce/effectonce/shards";
 import { memorySink } from "../adapters/memory.ts";
 import { EffectError, handler, type Message, relay, type RelayEvent, type SourceOptions } from "../mod.ts";
 import { onServers, type TestDatabase } from "./servers/servers.ts";
