@@ -11,7 +11,7 @@ import type { RelayRow } from "./relay.ts";
 
 const LOOK = {
   background: "white",
-  config: { font: "sans-serif", axis: { labelLimit: 400, titleFontWeight: "normal" }, legend: { orient: "top" } },
+  config: { font: "sans-serif", axis: { titleFontWeight: "normal" }, legend: { orient: "top" } },
 } as const;
 const COLORS = ["#b8c4ce", "#1f6f8b", "#d9822b"];
 
@@ -29,14 +29,14 @@ const bars = (
   line?: number,
 ): object => ({
   data: { values: [...values] },
-  facet: { row: { field: "adapter", title: null, header: { labelAngle: 0, labelAlign: "left" }, sort: null } },
+  facet: { row: { field: "adapter", title: null, header: { labelOrient: "top", labelAnchor: "start", labelFontWeight: "bold" }, sort: null } },
   spec: {
     width: 420,
     layer: [
       {
         mark: { type: "bar" },
         encoding: {
-          y: { field: "of", title: null, sort: null },
+          y: { field: "of", title: null, sort: null, axis: { labelLimit: 0 } },
           yOffset: { field: "side", sort: null },
           x: { field: "value", type: "quantitative", title },
           color: { field: "side", title: null, sort: null, scale: { range: COLORS } },
