@@ -29,7 +29,14 @@ const bars = (
   line?: number,
 ): object => ({
   data: { values: [...values] },
-  facet: { row: { field: "adapter", title: null, header: { labelOrient: "top", labelAnchor: "start", labelFontWeight: "bold" }, sort: null } },
+  facet: {
+    row: {
+      field: "adapter",
+      title: null,
+      header: { labelOrient: "top", labelAnchor: "start", labelFontWeight: "bold" },
+      sort: null,
+    },
+  },
   spec: {
     width: 420,
     layer: [
