@@ -1165,8 +1165,20 @@ export interface Batch extends Position {
 export interface PositionOwner {
   /** The relay's name. */
   readonly relay: string;
-  /** The source's own identity, such as the outbox's UUID. */
+  /** The source's own identity, such as the outbox's UUID; that of its shard, where it has several. */
   readonly source: string;
+  /** Which part of the source it is; left out where the source is one whole. */
+  readonly shard?: ShardOf;
+}
+
+/** A part of a source whose messages are shared out over relays. */
+export interface ShardOf {
+  /** The identity of the whole. */
+  readonly of: string;
+  /** From 0. */
+  readonly index: number;
+  /** How many parts there are. */
+  readonly count: number;
 }
 
 /** Before the first batch. */
@@ -1288,10 +1300,18 @@ export interface Outbox extends Source {
 
 /** A source with a relay registered. */
 export interface SourceSession {
-  /** The source's own identity, such as the outbox's UUID. */
+  /** The source's own identity, such as the outbox's UUID; that of its shard, where it has several. */
   readonly id: string;
+  /** Which part of the source it is; left out where the source is one whole. */
+  readonly shard?: ShardOf;
   /** Whether a relay of this name ended here without a word, and may have left something behind. */
   readonly inherited: boolean;
+  /**
+   * Whether the source lets one relay of a name at a time have it, or this shard: for any other one `settled` is refused.
+   *
+   * @default {false}
+   */
+  readonly exclusive?: boolean;
   /**
    * The first undelivered messages, in order, whatever was read before; none that waits, is parked, or is held back.
    * `waitMs`: when the next one will have waited long enough; null if none waits.
@@ -1301,7 +1321,11 @@ export interface SourceSession {
   settle(messages: readonly Message[]): Promise<void>;
   /** These wait, or are parked. */
   park(parks: readonly Park[]): Promise<void>;
-  /** The number of the last batch that was settled. */
+  /**
+   * The number of the last batch that was settled.
+   *
+   * @throws {EffectError} `fenced` if the source is exclusive, and another relay has it.
+   */
   settled(): Promise<number>;
   /**
    * Settles what the sink has committed, seals the next batch unless two are sealed already, and hands out all sealed ones.
@@ -1355,6 +1379,18 @@ export interface AtomicSink {
   readonly kind: "atomic";
   /** A name for people, without secrets. */
   readonly name: string;
+  /**
+   * Messages in a batch where the relay is not told.
+   *
+   * @default {100}
+   */
+  readonly batch?: number;
+  /**
+   * Whether `open` always succeeds, and shuts out whoever had the sink before.
+   *
+   * @default {false} It is refused while another one has the sink.
+   */
+  readonly fences?: boolean;
   /**
    * Fences the previous owner, and reads the position back.
    *
@@ -1606,7 +1642,7 @@ export interface RelayOptions {
   /**
    * Messages in hand, or in a sealed batch, from 1.
    *
-   * @default {100}
+   * @default {100, or what an atomic sink prefers}
    */
   readonly batch?: number;
   /**
@@ -2037,7 +2073,20 @@ async function deliverSealed(o: Settings, source: SourceSession, sink: AtomicSin
   const limits = { rows: o.batch, bytes: o.batchBytes };
   const attempts = new Map<string, number>();
   let failures = 0;
+  /** Since when it stands by. */
   let fencedSince: number | undefined;
+  let fencedAt = -Infinity;
+  /** What was on its way when the last session broke. */
+  let inFlight: Batch | undefined;
+
+  function told(batch: Batch, ms: number, found: boolean): void {
+    for (const { id, topic, key, time } of batch.messages) {
+      const attempt = (attempts.get(id) ?? 0) + 1;
+      attempts.delete(id);
+      o.count("delivered");
+      o.emit({ type: "delivered", relay, id, topic, key, time, attempt, ms, found });
+    }
+  }
 
   async function refused(ring: readonly Position[], message: Message, error: unknown): Promise<void> {
     const { id, topic, key, time } = message;
@@ -2091,11 +2140,13 @@ async function deliverSealed(o: Settings, source: SourceSession, sink: AtomicSin
       }
       idle = fresh = false;
       const since = runtime.now();
+      inFlight = batch;
       // The next batch is sealed while this one is on its way; its number alone says that it comes after.
       const [committed, ahead] = await Promise.allSettled([session.commit(batch), seal()]);
       if (committed.status === "rejected") {
         const error: unknown = committed.reason;
         if (!(error instanceof Error && REFUSED in error)) throw error;
+        inFlight = undefined;
         await refused(ring, (error as RefusedMessage)[REFUSED], error.cause);
         sealed = await seal();
         fresh = true;
@@ -2105,13 +2156,8 @@ async function deliverSealed(o: Settings, source: SourceSession, sink: AtomicSin
       boundRing(ring);
       failures = 0;
       fencedSince = undefined;
-      const ms = runtime.now() - since;
-      for (const { id, topic, key, time } of batch.messages) {
-        const attempt = (attempts.get(id) ?? 0) + 1;
-        attempts.delete(id);
-        o.count("delivered");
-        o.emit({ type: "delivered", relay, id, topic, key, time, attempt, ms, found: false });
-      }
+      inFlight = undefined;
+      told(batch, runtime.now() - since, false);
       if (ahead.status === "rejected") throw ahead.reason;
       sealed = ahead.value;
     }
@@ -2121,9 +2167,12 @@ async function deliverSealed(o: Settings, source: SourceSession, sink: AtomicSin
     let session: AtomicSession | undefined;
     try {
       const floor = await source.settled();
-      session = await sink.open({ relay, source: source.id });
+      session = await sink.open({ relay, source: source.id, ...source.shard ? { shard: source.shard } : {} });
       const ring: Position[] = session.ring.map(compact);
       const cursor = ring.at(-1) ?? START;
+      // The answer was lost, the batch was not.
+      if (inFlight && ring.some(({ uid }) => uid === inFlight!.uid)) told(inFlight, 0, true);
+      inFlight = undefined;
       if (cursor.n < floor) {
         throw new EffectError(
           "cursor_lost",
@@ -2135,9 +2184,14 @@ async function deliverSealed(o: Settings, source: SourceSession, sink: AtomicSin
     } catch (error) {
       const fenced = isCode(error, "fenced");
       if (!fenced && !isPassing(error)) throw error;
-      const afterMs = backOff(fenced ? 3 : ++failures, o.minRetryMs, o.maxRetryMs, runtime);
-      if (failures > o.attempts) throw error;
+      // Fenced twice in a row by a sink that lets in whoever comes last: there is another relay, and only one may go on.
+      const inTurns = fenced && sink.fences === true && !source.exclusive && runtime.now() - fencedAt < o.leaseMs;
+      const afterMs = inTurns
+        ? Math.ceil(o.leaseMs * (1 + runtime.random()) / 2)
+        : backOff(fenced ? 3 : ++failures, o.minRetryMs, o.maxRetryMs, runtime);
+      if (o.drain && failures > o.attempts) throw error;
       if (fenced) {
+        fencedAt = runtime.now();
         if (fencedSince === undefined) o.emit({ type: "fenced", relay, reason: reasonOf(error) });
         fencedSince ??= runtime.now();
         if (o.drain && runtime.now() - fencedSince > o.leaseMs) throw error;
@@ -2162,7 +2216,8 @@ async function deliverSealed(o: Settings, source: SourceSession, sink: AtomicSin
  * sink for as long as a lease while draining; `busy` if it is told to stop and the store or source stays busy. The errors of the ends' own clients pass through.
  */
 export async function relay(options: RelayOptions): Promise<RelayReport> {
-  const { name = "default", from, to, store, drain = false, signal, lanes = 8, batch = 100 } = options;
+  const { name = "default", from, to, store, drain = false, signal, lanes = 8 } = options;
+  const batch = options.batch ?? (to.kind === "atomic" ? to.batch : undefined) ?? 100;
   const { batchBytes = 8_388_608, leaseMs = 30_000, attempts = 10, onPark = "block", runtime = realRuntime } = options;
   const { minRetryMs = 200, maxRetryMs = 60_000, settleMs = 5_000, pollMs = 50 } = options;
   checkText("relay name", name);

@@ -40,7 +40,8 @@ export interface ShardsOptions extends Omit<RelayOptions, "from"> {
  */
 export async function relayShards(options: ShardsOptions): Promise<RelayReport> {
   const { from, name = "default", leaseMs = 30_000, drain = false, signal, runtime = realRuntime } = options;
-  if (await from.shards() === 1) return await relay(options);
+  // Calls of one shard can be shared: each is claimed. Batches cannot: one relay at a time has the shard, the others stand by.
+  if (options.to.kind === "call" && await from.shards() === 1) return await relay(options);
   const member = crypto.randomUUID();
   const report = { delivered: 0, parked: 0, uncertain: 0 };
   const running = new Map<number, { readonly stop: AbortController; readonly ended: Promise<void> }>();

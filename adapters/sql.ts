@@ -1240,7 +1240,9 @@ export function sqlOutbox(server: SqlServer<never>, options: SqlOutboxOptions = 
       where ${shardRow} and member = '${member}'))`;
     const holder = member === undefined ? [] : owner;
 
-    async function register(transaction: Transaction): Promise<{ readonly id: string; readonly inherited: boolean }> {
+    async function register(
+      transaction: Transaction,
+    ): Promise<{ readonly id: string; readonly whole: string; readonly inherited: boolean }> {
       const { run, now } = transaction;
       let inherited = false;
       for (const other of await registrations(transaction)) {
@@ -1276,10 +1278,10 @@ export function sqlOutbox(server: SqlServer<never>, options: SqlOutboxOptions = 
       await freeStranded(transaction, onPark);
       const [stored] = await run(`select value from ${tables.meta} where name = 'outbox_id'`);
       const whole = textOf(stored!["value"]) + (generation === 1 ? "" : `/${generation}`);
-      return { id: count === 1 ? whole : `${whole}.${shard}`, inherited };
+      return { id: count === 1 ? whole : `${whole}.${shard}`, whole, inherited };
     }
     const registerNow = () => write(register, LOCK_META);
-    const { id, inherited } = await registerNow();
+    const { id, whole, inherited } = await registerNow();
 
     async function pendingNow(transaction: Transaction, limits: ReadLimits, extra: string): Promise<readonly Pending[]> {
       for (;;) {
@@ -1392,7 +1394,9 @@ export function sqlOutbox(server: SqlServer<never>, options: SqlOutboxOptions = 
     listen?.(() => bell.abort(), over.signal);
     const session: SourceSession = {
       id,
+      shard: { of: whole, index: shard, count },
       inherited,
+      exclusive: member !== undefined,
       async wait(ms, signal) {
         await realRuntime.sleep(ms, AbortSignal.any([bell.signal, ...signal ? [signal] : []]));
         // Told once: a relay that has enough in hand, or is to stop, does not look, and would wait here no more.
@@ -1430,7 +1434,15 @@ export function sqlOutbox(server: SqlServer<never>, options: SqlOutboxOptions = 
           await unblock(transaction, messages.map(({ key }) => key), onPark);
         }, lock),
       park: (parks) => write((transaction) => setAside(transaction, parks, onPark), lock),
-      settled: async () => toShard((await run(SHARD, owner))[0]).settled,
+      async settled() {
+        const [row] = await run(
+          `select ${holds} as held, s.sealed, s.sealed_uid, s.settled, s.settled_uid
+            from (select 1 as one) p left join ${tables.shards} s on s.relay = ? and s.shard = ${shard}`,
+          [...holder, ...owner],
+        );
+        if (!isTrue(row!["held"])) throw overtaken();
+        return toShard(row).settled;
+      },
       async seal(ring, limits) {
         const cursor = ring.at(-1) ?? START;
         if (bell.signal.aborted) bell = new AbortController();

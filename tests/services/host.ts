@@ -7,15 +7,19 @@
  * @module
  */
 import { administer, type Administrator } from "./databases.ts";
-import { type Kind, type Server, startMariadb, startMysql, startPostgres } from "./servers.ts";
+import { startKafka } from "./kafka.ts";
+import { type Kind, startMariadb, startMysql, startPostgres } from "./servers.ts";
 
 /** What is asked of the host. `lease` names the asking module, which stays connected for as long as it needs the answers. */
 export type Question =
   | { readonly ask: "lease"; readonly lease: string }
-  | { readonly ask: "service"; readonly kind: Kind }
+  | { readonly ask: "service"; readonly kind: ServiceKind }
   /** `url`: of a server that is not the host's. */
   | { readonly ask: "create"; readonly kind: Kind; readonly url?: string; readonly lease: string }
   | { readonly ask: "drop"; readonly name: string };
+
+/** A database server, or a broker. */
+export type ServiceKind = Kind | "kafka";
 
 /** What the host answers. */
 export type Reply = { readonly error: string } | { readonly url: string; readonly name: string };
@@ -23,18 +27,27 @@ export type Reply = { readonly error: string } | { readonly url: string; readonl
 /** How long to wait for somebody else to ask, in milliseconds. */
 const LINGER_MS = 3_000;
 
-const START: Readonly<Record<Kind, () => Promise<Server>>> = {
+/** What the host keeps of a server. */
+interface Kept extends AsyncDisposable {
+  readonly url: string;
+}
+
+const START: Readonly<Record<ServiceKind, () => Promise<Kept>>> = {
   postgres: () => startPostgres({ max_connections: "300" }),
   mariadb: () => startMariadb({ max_connections: "500" }),
   mysql: () => startMysql({ max_connections: "500" }),
+  async kafka() {
+    const cluster = await startKafka();
+    return { url: cluster.brokers, [Symbol.asyncDispose]: () => cluster[Symbol.asyncDispose]() };
+  },
 };
 
-const servers = new Map<Kind, Promise<Server>>();
+const servers = new Map<ServiceKind, Promise<Kept>>();
 const administrators = new Map<string, Administrator>();
 /** By name. */
 const databases = new Map<string, { readonly lease: string; readonly administrator: Administrator }>();
 
-async function service(kind: Kind): Promise<string> {
+async function service(kind: ServiceKind): Promise<string> {
   let server = servers.get(kind);
   if (!server) {
     server = START[kind]();

@@ -7,15 +7,16 @@
  *
  * @module
  */
-import type { Question, Reply } from "./host.ts";
+import type { Question, Reply, ServiceKind } from "./host.ts";
 import { CACHE, exclusively } from "./install.ts";
 import type { Kind } from "./servers.ts";
 
 /** The variables with the URL of a server that runs already. */
-const VARIABLES: Readonly<Record<Kind, string>> = {
+const VARIABLES: Readonly<Record<ServiceKind, string>> = {
   postgres: "EFFECTONCE_POSTGRES_URL",
   mariadb: "EFFECTONCE_MARIADB_URL",
   mysql: "EFFECTONCE_MYSQL_URL",
+  kafka: "EFFECTONCE_KAFKA_BROKERS",
 };
 
 /** A database of a test's own. */
@@ -100,11 +101,11 @@ async function ask(question: Question): Promise<{ url: string; name: string }> {
 }
 
 /**
- * The URL of a server, with a user who may do everything.
+ * The URL of a server, with a user who may do everything; of Kafka the brokers, `host:port,host:port`.
  *
  * @throws {Error} If there is none and none can be started: with what to do.
  */
-export async function service(kind: Kind): Promise<string> {
+export async function service(kind: ServiceKind): Promise<string> {
   return Deno.env.get(VARIABLES[kind]) ?? (await ask({ ask: "service", kind })).url;
 }
 

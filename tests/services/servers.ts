@@ -111,7 +111,7 @@ export async function tool(kind: Kind, name: string): Promise<Command> {
  * A folder that a server may write to. Not in /tmp, which is memory on many systems: there is little of it, and a commit that
  * goes nowhere proves nothing.
  */
-async function dataFolder(kind: string, dir = Deno.env.get("TMPDIR") ?? "/var/tmp"): Promise<string> {
+export async function dataFolder(kind: string, dir = Deno.env.get("TMPDIR") ?? "/var/tmp"): Promise<string> {
   const folder = await Deno.makeTempDir({ dir, prefix: `effectonce-${kind}-` });
   if (Deno.uid() === 0) await run(["chown", "nobody:nogroup", folder]);
   return folder;

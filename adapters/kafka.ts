@@ -1,0 +1,566 @@
+/**
+ * Kafka as a sink that commits its position together with the records: exactly-once, by one Kafka transaction a batch.
+ *
+ * The position is a record in a compacted topic of its own, the cursor topic, written in the same transaction as the batch.
+ * At its start a relay takes over the transactional id, which ends whatever an earlier one left open and keeps it out from
+ * then on; writes a mark into the cursor topic; and reads up to this mark where the last batch ended.
+ *
+ * ```ts ignore
+ * import { relay } from "@effectonce/effectonce";
+ * import { kafkaSink } from "@effectonce/effectonce/kafka";
+ * import { kafkajs } from "@effectonce/effectonce/kafkajs";
+ * import { postgresOutbox } from "@effectonce/effectonce/postgres";
+ * import { Kafka, logLevel } from "kafkajs";
+ * import pg from "pg";
+ *
+ * const pool = new pg.Pool({ connectionString: "postgres://app@127.0.0.1/app" });
+ * const kafka = new Kafka({ brokers: ["127.0.0.1:9092"], logLevel: logLevel.NOTHING });
+ * await relay({ from: postgresOutbox(pool), to: kafkaSink(kafkajs(kafka)) }); // To the topic that each message names.
+ * ```
+ *
+ * @module
+ */
+import {
+  type AtomicSession,
+  type AtomicSink,
+  EffectError,
+  type Message,
+  type Position,
+  type PositionOwner,
+  refusedMessage,
+  rejected,
+} from "../mod.ts";
+import { checkAdvance } from "./shared.ts";
+
+// ----------------------------------------------------------------------------------------------------------------- client
+
+/** A Kafka client: `kafkajs()` of `@effectonce/effectonce/kafkajs` makes one. */
+export interface KafkaClient {
+  /** Connects to a cluster. */
+  open(): Promise<KafkaConnection>;
+}
+
+/** A record to be sent. */
+export interface KafkaRecord {
+  /** Its topic. */
+  readonly topic: string;
+  /** Its partition. */
+  readonly partition: number;
+  /** Null: none. */
+  readonly key: Uint8Array | null;
+  /** Null: a tombstone. */
+  readonly value: Uint8Array | null;
+  /** Names and values; a text goes as its UTF-8. */
+  readonly headers: readonly (readonly [name: string, value: string | Uint8Array])[];
+}
+
+/** How a topic is created. */
+export interface TopicOptions {
+  /**
+   * Partitions.
+   *
+   * @default {the cluster's own number}
+   */
+  readonly partitions?: number;
+  /**
+   * Copies of each.
+   *
+   * @default {the cluster's own number}
+   */
+  readonly copies?: number;
+  /** Settings of the topic, such as `cleanup.policy`. */
+  readonly settings?: Readonly<Record<string, string>>;
+}
+
+/** A cluster that is connected. It throws `sink_invalid` where the user may not do what it is to do. */
+export interface KafkaConnection {
+  /** How many brokers there are. */
+  brokers(): Promise<number>;
+  /** How many partitions a topic has, as far as is known since the last `refresh`; 0 if it does not exist. */
+  partitions(topic: string): Promise<number>;
+  /** Learns of new partitions and leaders. */
+  refresh(): Promise<void>;
+  /** A topic's setting; undefined where this user may not see it. */
+  setting(topic: string, name: string): Promise<string | undefined>;
+  /** Creates a topic, or finds it created meanwhile. */
+  create(topic: string, options: TopicOptions): Promise<void>;
+  /**
+   * Reads committed records of a partition from an offset on, or from the first that there is behind it. Where there are none it
+   * waits a moment. `next`: where to read on.
+   */
+  read(topic: string, partition: number, from: number): Promise<{
+    readonly records: readonly {
+      readonly offset: number;
+      readonly key: Uint8Array | null;
+      readonly value: Uint8Array | null;
+    }[];
+    readonly next: number;
+  }>;
+  /**
+   * Takes a transactional id over: what is open under it is ended, one way or the other, and whoever had it is shut out. Null:
+   * without transactions.
+   */
+  begin(transactionalId: string | null, timeoutMs: number): Promise<KafkaTransactions>;
+  /** Lets go. Nobody need wait for it. */
+  close(): Promise<void>;
+}
+
+/**
+ * One transaction after the other. After an error nobody knows what has happened: end it by `begin`ning anew. `fenced` says
+ * that another one has.
+ */
+export interface KafkaTransactions {
+  /**
+   * Sends records in the transaction, and begins it if need be. Those of one partition stay in order. `tooLarge`: a broker has
+   * refused some, which may be taken in smaller portions.
+   */
+  send(records: readonly KafkaRecord[]): Promise<{
+    readonly tooLarge: boolean;
+    /** The offset of the first record for a partition. */
+    offsetOf(topic: string, partition: number): number | undefined;
+  }>;
+  /** Commits it. */
+  commit(): Promise<void>;
+}
+
+// ---------------------------------------------------------------------------------------------------------------- options
+
+/** How {@linkcode kafkaSink} works. */
+export interface KafkaSinkOptions {
+  /**
+   * One topic for all messages.
+   *
+   * @default {undefined} The topic that each message names.
+   */
+  readonly topic?: string;
+  /**
+   * Whether a topic that does not exist is created, with the cluster's own number of partitions.
+   *
+   * @default {false} A message to a topic that does not exist is tried again, and parked in the end.
+   */
+  readonly createTopics?: boolean;
+  /**
+   * Where the relay's position is: a topic that is compacted, and in which nobody else writes.
+   *
+   * @default {`effectonce-cursor-${source}-${relay}`}
+   */
+  readonly cursorTopic?: string;
+  /**
+   * Copies of the cursor topic, if it must be created.
+   *
+   * @default {3, or as many as there are brokers}
+   */
+  readonly copies?: number;
+  /**
+   * Copies of the cursor topic that must be in sync for a commit, if it must be created.
+   *
+   * @default {2 of 3 copies, else 1}
+   */
+  readonly minInsyncReplicas?: number;
+  /**
+   * How long a transaction may stay open before the broker aborts it, in milliseconds, from 1000: for as long at most does a
+   * relay that died hold up the readers of its topics.
+   *
+   * @default {30_000}
+   */
+  readonly transactionTimeoutMs?: number;
+  /**
+   * The CloudEvents source: a URI-reference that says where the messages come from.
+   *
+   * @default {"effectonce"}
+   */
+  readonly source?: string;
+}
+
+// ---------------------------------------------------------------------------------------------------------------- records
+
+/**
+ * The partition of a key, as Kafka's own producers choose it: MurmurHash2 (A. Appleby) with the seed of
+ * org.apache.kafka.common.utils.Utils.
+ */
+export function partitionOf(key: Uint8Array, partitions: number): number {
+  const m = 0x5bd1e995;
+  const { length } = key;
+  const whole = length & ~3;
+  let hash = 0x9747b28c ^ length;
+  for (let i = 0; i < whole; i += 4) {
+    const word = Math.imul(key[i]! | key[i + 1]! << 8 | key[i + 2]! << 16 | key[i + 3]! << 24, m);
+    hash = Math.imul(hash, m) ^ Math.imul(word ^ word >>> 24, m);
+  }
+  if (length > whole) {
+    for (let i = whole; i < length; i++) hash ^= key[i]! << 8 * (i - whole);
+    hash = Math.imul(hash, m);
+  }
+  hash = Math.imul(hash ^ hash >>> 13, m);
+  return ((hash ^ hash >>> 15) & 0x7fff_ffff) % partitions;
+}
+
+/** An upper bound of what a record takes in a batch. https://kafka.apache.org/documentation/#record */
+function sizeOf({ key, value, headers }: KafkaRecord): number {
+  let size = 30 + (key?.length ?? 0) + (value?.length ?? 0);
+  for (const [name, text] of headers) size += 10 + name.length * 3 + text.length * 3;
+  return size;
+}
+
+/** What a batch of records takes besides them. https://kafka.apache.org/documentation/#recordbatch */
+const BATCH_OVERHEAD = 100;
+/** The brokers' default of `message.max.bytes`, for where they do not say. */
+const MAX_BYTES = 1_048_588;
+const MAX_BYTES_NAME = "max.message.bytes";
+/** How long what is known of a topic is taken for true, in milliseconds: partitions may be added. */
+const METADATA_MS = 300_000;
+
+const encoder = new TextEncoder();
+
+/** Where the messages of a sink go: topics, partitions, headers, and what a topic takes. */
+function createRecords(connection: KafkaConnection, name: string, options: KafkaSinkOptions) {
+  const { topic: fixed, createTopics = false, source = "effectonce" } = options;
+  const known = new Map<string, { readonly partitions: number; readonly maxBytes: number }>();
+  const limits = new Map<string, number>();
+  let knownUntil = performance.now() + METADATA_MS;
+  /** Messages without a key go together, to one partition after the other. */
+  let turn = Math.floor(Math.random() * 1024);
+
+  async function find(topic: string) {
+    const found = known.get(topic);
+    if (found) return found;
+    let partitions = await connection.partitions(topic);
+    if (partitions === 0 && createTopics) {
+      await connection.create(topic, {});
+      partitions = await connection.partitions(topic);
+    }
+    if (partitions === 0) return undefined;
+    const maxBytes = Number(await connection.setting(topic, MAX_BYTES_NAME) ?? MAX_BYTES);
+    const limit = { partitions, maxBytes: Math.min(maxBytes, limits.get(topic) ?? maxBytes) };
+    known.set(topic, limit);
+    return limit;
+  }
+
+  return {
+    /**
+     * Makes the records of messages, in portions that brokers take.
+     *
+     * @param more Headers of each message.
+     * @throws As `refusedMessage` says, if Kafka does not take one of them.
+     */
+    async portions(messages: readonly Message[], more: (i: number) => KafkaRecord["headers"]): Promise<KafkaRecord[][]> {
+      if (performance.now() > knownUntil) {
+        await connection.refresh();
+        known.clear();
+        knownUntil = performance.now() + METADATA_MS;
+      }
+      turn++;
+      let portion: KafkaRecord[] = [];
+      let sizes = new Map<string, number>();
+      const portions = [portion];
+      for (const [i, message] of messages.entries()) {
+        const { id, topic: type, value, headers, time } = message;
+        const topic = fixed ?? type;
+        const found = await find(topic);
+        if (!found) {
+          const how = "create it, or let the relay create topics (--create-topics)";
+          throw refusedMessage(message, new Error(`topic "${topic}" does not exist in Kafka: ${how}`));
+        }
+        const key = message.key === null ? null : encoder.encode(message.key);
+        const record: KafkaRecord = {
+          topic,
+          partition: key === null ? turn % found.partitions : partitionOf(key, found.partitions),
+          key,
+          value,
+          headers: [
+            ...Object.entries(headers).filter(([name]) => !RESERVED.test(name)),
+            ["ce_specversion", "1.0"],
+            ["ce_id", id],
+            ["ce_source", source],
+            ["ce_type", type],
+            ...Number.isNaN(time.getTime()) ? [] : [["ce_time", time.toISOString()] as const],
+            ...more(i),
+          ],
+        };
+        const size = sizeOf(record);
+        if (size + BATCH_OVERHEAD > found.maxBytes) {
+          const limit = `topic "${topic}" takes ${found.maxBytes} (${MAX_BYTES_NAME})`;
+          throw refusedMessage(
+            message,
+            rejected(`it is too large for Kafka: a record of about ${size} bytes, where ${limit}`),
+          );
+        }
+        const place = `${record.partition} ${topic}`;
+        const before = sizes.get(place) ?? BATCH_OVERHEAD;
+        if (before + size > found.maxBytes) {
+          portions.push(portion = []);
+          sizes = new Map();
+        }
+        sizes.set(place, (sizes.get(place) ?? BATCH_OVERHEAD) + size);
+        portion.push(record);
+      }
+      return portions;
+    },
+    /** A broker takes less at a time than it says, or did not say. */
+    tooLarge(portion: readonly KafkaRecord[]): Error {
+      const sizes = new Map<string, number>();
+      for (const record of portion) sizes.set(record.topic, (sizes.get(record.topic) ?? BATCH_OVERHEAD) + sizeOf(record));
+      for (const [topic, size] of sizes) limits.set(topic, Math.max(1024, Math.floor(size / 2)));
+      known.clear();
+      return new Error(`${name} took no portion of ${portion.length} records: it gets smaller ones`);
+    },
+  };
+}
+
+/** Whose names these are does not depend on the message. */
+const RESERVED = /^(ce_|effectonce-)/i;
+
+// ----------------------------------------------------------------------------------------------------------------- cursor
+
+/** How many positions are handed back, and how many keys the cursor topic has: compaction keeps the last one of each. */
+const RING = 1000;
+/** So many rows of positions are enough; see `boundRing` of the core. */
+const RING_ROWS = 100_000;
+/** Offsets of the cursor topic that are read at first. A batch takes two: its position, and the transaction's marker. */
+const FIRST_LOOK = 64;
+const MARK = encoder.encode("opened");
+
+interface CursorRecord extends Position, PositionOwner {
+  /** How many records the batches up to this one had: the position of the next record. */
+  readonly records: number;
+}
+
+interface Mark extends PositionOwner {
+  readonly opened: string;
+}
+
+const decoder = new TextDecoder();
+
+async function sha256(text: string): Promise<string> {
+  const digest = new Uint8Array(await crypto.subtle.digest("SHA-256", encoder.encode(text)));
+  return Array.from(digest, (byte) => byte.toString(16).padStart(2, "0")).join("");
+}
+
+/** A part of a topic's name: as it is, or a digest where topics have no such names. */
+async function nameable(text: string): Promise<string> {
+  return /^[\w.-]{1,90}$/.test(text) ? text : (await sha256(text)).slice(0, 32);
+}
+
+/** Where the position of a relay is kept. */
+interface CursorPlace {
+  readonly topic: string;
+  readonly partition: number;
+  /** Partitions that the topic needs. */
+  readonly count: number;
+}
+
+async function placeOf({ relay, source, shard }: PositionOwner, cursorTopic: string | undefined): Promise<CursorPlace> {
+  const whole = (shard?.of ?? source).replaceAll("/", ".");
+  return {
+    topic: cursorTopic ?? `effectonce-cursor-${await nameable(whole)}-${await nameable(relay)}`,
+    partition: shard?.index ?? 0,
+    count: shard?.count ?? 1,
+  };
+}
+
+function unusable(topic: string, why: string): EffectError {
+  return new EffectError("sink_invalid", `Cannot use topic ${topic} for a relay's position: ${why}`);
+}
+
+function parseRecord(topic: string, value: Uint8Array | null): CursorRecord | Mark {
+  try {
+    const record: unknown = JSON.parse(decoder.decode(value ?? undefined));
+    if (typeof record === "object" && record !== null && "relay" in record && ("opened" in record || "uid" in record)) {
+      return record as CursorRecord | Mark;
+    }
+  } catch {
+    // Told below.
+  }
+  throw unusable(topic, "it has other records as well. A cursor topic is for one relay alone");
+}
+
+function checkOwner(topic: string, record: CursorRecord | Mark, { relay, source }: PositionOwner): void {
+  if (record.relay === relay && record.source === source) return;
+  const theirs = `it is that of relay "${record.relay}" from source "${record.source}"`;
+  throw unusable(topic, `${theirs}, and this is relay "${relay}" from source "${source}"`);
+}
+
+/** Reads what is there before a mark that was just written. */
+async function readUpTo(
+  connection: KafkaConnection,
+  { topic, partition }: CursorPlace,
+  owner: PositionOwner,
+  from: number,
+  mark: { readonly opened: string; readonly offset: number },
+  deadline: number,
+): Promise<readonly CursorRecord[]> {
+  const found: CursorRecord[] = [];
+  for (let next = from;;) {
+    const answer = await connection.read(topic, partition, next);
+    next = answer.next;
+    for (const { value } of answer.records) {
+      const record = parseRecord(topic, value);
+      checkOwner(topic, record, owner);
+      if ("uid" in record) found.push(record);
+      else if (record.opened === mark.opened) return found;
+    }
+    if (next > mark.offset) throw new Error(`What was just written to ${topic} is not there: was it emptied meanwhile?`);
+    if (performance.now() > deadline) {
+      throw new Error(`What was just written to ${topic} cannot be read: an earlier transaction there stays open`);
+    }
+  }
+}
+
+/** The last positions that follow on each other, oldest first. */
+function chainOf(records: readonly CursorRecord[]): readonly CursorRecord[] {
+  let from = Math.max(0, records.length - 1);
+  const follows = (i: number) => records[i]!.n === records[i - 1]!.n + 1 && records[i]!.prev === records[i - 1]!.uid;
+  while (from > 0 && follows(from)) from--;
+  return records.slice(from).slice(-RING);
+}
+
+/** The positions before a mark, enough of them to repair a source that went back in time. */
+async function readRing(
+  connection: KafkaConnection,
+  place: CursorPlace,
+  owner: PositionOwner,
+  mark: { readonly opened: string; readonly offset: number },
+  waitMs: number,
+): Promise<readonly CursorRecord[]> {
+  const deadline = performance.now() + waitMs;
+  for (let wanted = FIRST_LOOK;; wanted *= 4) {
+    const from = Math.max(0, mark.offset - wanted);
+    const ring = chainOf(await readUpTo(connection, place, owner, from, mark, deadline));
+    const rows = ring.reduce((sum, position) => sum + position.rows.length, 0);
+    if (from === 0 || ring.length >= RING || rows >= RING_ROWS) return ring;
+  }
+}
+
+/** Sees to it that the cursor topic exists, is one, and is nobody else's: before anything is written to it. */
+async function prepareCursor(
+  connection: KafkaConnection,
+  { topic, count, partition }: CursorPlace,
+  owner: PositionOwner,
+  { copies, minInsyncReplicas }: KafkaSinkOptions,
+): Promise<void> {
+  if (await connection.partitions(topic) === 0) {
+    const all = copies ?? Math.min(3, await connection.brokers());
+    const settings = {
+      "cleanup.policy": "compact",
+      "min.insync.replicas": String(minInsyncReplicas ?? (all >= 3 ? 2 : 1)),
+      "unclean.leader.election.enable": "false",
+      "max.message.bytes": "16777216",
+      "segment.bytes": "67108864",
+    };
+    await connection.create(topic, { partitions: count, copies: all, settings });
+  }
+  const there = await connection.partitions(topic);
+  if (there < count) {
+    throw unusable(
+      topic,
+      `it has ${there} partition${there === 1 ? "" : "s"}, and the outbox has ${count} shards. Add some`,
+    );
+  }
+  const policy = await connection.setting(topic, "cleanup.policy");
+  if (policy !== undefined && policy !== "compact") {
+    throw unusable(topic, `its cleanup.policy is "${policy}", which would delete it in time. Set it to "compact"`);
+  }
+  const { records } = await connection.read(topic, partition, 0);
+  for (const { value } of records) checkOwner(topic, parseRecord(topic, value), owner);
+}
+
+// ------------------------------------------------------------------------------------------------------------------- sink
+
+const nameOf = ({ topic }: KafkaSinkOptions): string => topic === undefined ? "kafka" : `kafka topic ${topic}`;
+
+/**
+ * Kafka as an atomic sink: exactly-once, for readers at `read_committed`.
+ *
+ * A record has the message's key, value and headers, and those of CloudEvents in binary mode: `ce_id`, `ce_source`, `ce_type`
+ * (the message's topic), `ce_time`. `effectonce-shard` and `effectonce-position` number the records of a shard from 0: whoever
+ * reads all partitions can see that none is missing. A key goes to the partition where Kafka's own producers put it; messages
+ * without a key are spread, batch by batch. What is larger than its topic takes is parked; what is for a topic that does not
+ * exist is tried again, and parked in the end.
+ */
+export function kafkaSink(client: KafkaClient, options: KafkaSinkOptions = {}): AtomicSink {
+  const name = nameOf(options);
+  const { transactionTimeoutMs = 30_000 } = options;
+  if (!Number.isSafeInteger(transactionTimeoutMs) || transactionTimeoutMs < 1000) {
+    throw new RangeError(`Cannot use transactionTimeoutMs ${transactionTimeoutMs}: it must be a whole number from 1000`);
+  }
+  return {
+    kind: "atomic",
+    name,
+    batch: 1000,
+    fences: true,
+    async open(owner) {
+      const place = await placeOf(owner, options.cursorTopic);
+      const connection = await client.open();
+      try {
+        return await openSession(connection, name, place, owner, { ...options, transactionTimeoutMs });
+      } catch (error) {
+        void connection.close();
+        throw error;
+      }
+    },
+  };
+}
+
+async function openSession(
+  connection: KafkaConnection,
+  name: string,
+  place: CursorPlace,
+  owner: PositionOwner,
+  options: KafkaSinkOptions & { readonly transactionTimeoutMs: number },
+): Promise<AtomicSession> {
+  const { relay, source, shard } = owner;
+  const { transactionTimeoutMs } = options;
+  const { topic, partition } = place;
+  const toCursor = (key: Uint8Array, value: CursorRecord | Mark): KafkaRecord => ({
+    topic,
+    partition,
+    key,
+    value: encoder.encode(JSON.stringify(value)),
+    headers: [],
+  });
+  await prepareCursor(connection, place, owner, options);
+  // In this order: nobody can commit a position any more that is not in what is read then.
+  const transactions = await connection.begin(`effectonce-${source}-${relay}`, transactionTimeoutMs);
+  const opened = crypto.randomUUID();
+  const marked = await transactions.send([toCursor(MARK, { opened, relay, source })]);
+  await transactions.commit();
+  const mark = { opened, offset: marked.offsetOf(topic, partition) ?? 0 };
+  const ring = await readRing(connection, place, owner, mark, 2 * transactionTimeoutMs);
+
+  const { portions, tooLarge } = createRecords(connection, name, options);
+  let last: Position | undefined = ring.at(-1);
+  let records = ring.at(-1)?.records ?? 0;
+  let state: "open" | "broken" | "closed" = "open";
+  const shardText = String(shard?.index ?? 0);
+  return {
+    ring: ring.map(({ n, uid, prev, rows }) => ({ n, uid, prev, rows })),
+    async commit(batch) {
+      if (state !== "open") {
+        throw new EffectError("fenced", `Cannot commit batch ${batch.n}: this session of ${name} is ${state}, open another`);
+      }
+      checkAdvance(last, batch);
+      const { n, uid, prev, rows, messages } = batch;
+      const first = records;
+      const numbered = (i: number) => [["effectonce-shard", shardText], ["effectonce-position", String(first + i)]] as const;
+      const toSend = await portions(messages, numbered);
+      const after = first + messages.length;
+      toSend.at(-1)!.push(toCursor(encoder.encode(String(n % RING)), { n, uid, prev, rows, records: after, relay, source }));
+      // Whatever goes wrong from here on: only the cursor tells whether the batch is there.
+      state = "broken";
+      for (const portion of toSend) {
+        if ((await transactions.send(portion)).tooLarge) throw tooLarge(portion);
+      }
+      await transactions.commit();
+      last = { n, uid, prev, rows };
+      records = after;
+      state = "open";
+    },
+    async close() {
+      if (state === "closed") return;
+      // A broker that has just failed may never answer.
+      if (state === "open") await connection.close();
+      else void connection.close();
+      state = "closed";
+    },
+  };
+}

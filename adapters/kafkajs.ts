@@ -1,0 +1,697 @@
+/**
+ * Connects `npm:kafkajs` with `./kafka`: kafkajs keeps the connections, logs in and finds the brokers; what is said in a
+ * transaction is said from here.
+ *
+ * kafkajs encodes a record with headers in about 50 µs, does not repeat a refused EndTxn, asks who the coordinator is before
+ * each request, and is not maintained any more. So records are encoded here, and requests of a transaction are repeated if,
+ * and only if, a broker says that it has not done them.
+ *
+ * ```ts ignore
+ * import { kafkaSink } from "@effectonce/effectonce/kafka";
+ * import { kafkajs } from "@effectonce/effectonce/kafkajs";
+ * import { Kafka, logLevel } from "kafkajs";
+ *
+ * const sink = kafkaSink(kafkajs(new Kafka({ brokers: ["127.0.0.1:9092"], logLevel: logLevel.NOTHING })));
+ * ```
+ *
+ * @module
+ */
+import { Buffer } from "node:buffer";
+import { EffectError } from "../mod.ts";
+import type { KafkaClient, KafkaConnection, KafkaRecord, KafkaTransactions, TopicOptions } from "./kafka.ts";
+
+// -------------------------------------------------------------------------------------------------------- what kafkajs has
+
+/** What is called of kafkajs' `Kafka`. */
+export interface KafkajsKafka {
+  /**
+   * Makes a consumer. It is not used as one, since it reads by way of a consumer group only. But its assigners of partitions
+   * are given the cluster, which is what all else in kafkajs works with.
+   */
+  consumer(options: {
+    readonly groupId: string;
+    readonly allowAutoTopicCreation: boolean;
+    // deno-lint-ignore no-explicit-any -- kafkajs' own type of an assigner, which is none here
+    readonly partitionAssigners: any[];
+  }): unknown;
+}
+
+interface Cluster {
+  connect(): Promise<void>;
+  disconnect(): Promise<void>;
+  addTargetTopic(topic: string): Promise<void>;
+  refreshMetadata(): Promise<void>;
+  getNodeIds(): readonly unknown[];
+  findTopicPartitionMetadata(topic: string): readonly unknown[];
+  findLeaderForPartitions(topic: string, partitions: readonly number[]): { readonly [leader: string]: readonly number[] };
+  findBroker(node: { readonly nodeId: string }): Promise<Broker>;
+  findControllerBroker(): Promise<Broker>;
+  findGroupCoordinator(of: { readonly groupId: string; readonly coordinatorType: number }): Promise<Broker>;
+  fetchTopicsOffset(
+    topics: readonly { topic: string; partitions: readonly { partition: number }[]; fromBeginning: boolean }[],
+  ): Promise<readonly { readonly partitions: readonly { readonly offset: string }[] }[]>;
+}
+
+interface Broker {
+  readonly connectionPool: { send(request: Request): Promise<unknown> };
+  initProducerId(options: { transactionalId: string | undefined; transactionTimeout: number }): Promise<Producer>;
+  addPartitionsToTxn(
+    options: Producer & { transactionalId: string; topics: readonly { topic: string; partitions: readonly number[] }[] },
+  ): Promise<unknown>;
+  endTxn(options: Producer & { transactionalId: string; transactionResult: boolean }): Promise<unknown>;
+  createTopics(options: { topics: readonly unknown[]; timeout: number }): Promise<unknown>;
+  describeConfigs(options: { resources: readonly unknown[] }): Promise<{
+    readonly resources: readonly {
+      readonly configEntries: readonly { readonly configName: string; readonly configValue: string }[];
+    }[];
+  }>;
+  fetch(options: {
+    isolationLevel: number;
+    maxWaitTime: number;
+    minBytes: number;
+    maxBytes: number;
+    topics: readonly {
+      topic: string;
+      partitions: readonly { partition: number; fetchOffset: string; maxBytes: number }[];
+    }[];
+  }): Promise<{ readonly responses: readonly { readonly partitions: readonly FetchedPartition[] }[] }>;
+}
+
+/** Who produces: an id, and how often it was taken over. */
+interface Producer {
+  /** 64 bits. */
+  readonly producerId: string;
+  readonly producerEpoch: number;
+}
+
+interface FetchedPartition {
+  readonly lastStableOffset: string;
+  readonly abortedTransactions: readonly { readonly producerId: string; readonly firstOffset: string }[] | null;
+  readonly messages: readonly {
+    readonly offset: string;
+    readonly key: Buffer | null;
+    readonly value: Buffer | null;
+    readonly isControlRecord: boolean;
+    readonly batchContext: { readonly producerId: string; readonly inTransaction: boolean };
+  }[];
+}
+
+/** A request as kafkajs sends it. */
+interface Request {
+  readonly request: {
+    readonly apiKey: number;
+    readonly apiVersion: number;
+    readonly apiName: string;
+    readonly encode: () => Promise<{ readonly buf: Buffer; readonly buffer: Buffer }>;
+  };
+  readonly response: {
+    readonly decode: (payload: Buffer) => Promise<{ readonly clientSideThrottleTime: number } & ProduceAnswer>;
+    readonly parse: (answer: ProduceAnswer) => Promise<ProduceAnswer>;
+  };
+}
+
+interface ProduceAnswer {
+  readonly partitions: readonly {
+    readonly topic: string;
+    readonly partition: number;
+    readonly errorCode: number;
+    readonly baseOffset: number;
+  }[];
+}
+
+function clusterOf(kafka: KafkajsKafka): Cluster {
+  let found: Cluster | undefined;
+  kafka.consumer({
+    groupId: "effectonce-unused",
+    allowAutoTopicCreation: false,
+    partitionAssigners: [({ cluster }: { readonly cluster: Cluster }) => {
+      found = cluster;
+      return { name: "unused", version: 0 };
+    }],
+  });
+  if (!found) {
+    throw new TypeError("Cannot use this Kafka client: it is not kafkajs 2, whose assigners are given the cluster");
+  }
+  return found;
+}
+
+// ----------------------------------------------------------------------------------------------------------------- errors
+
+/** The protocol's numbers of errors that are decided about here. https://kafka.apache.org/protocol#protocol_error_codes */
+const CODES: Readonly<Record<number, string>> = {
+  3: "UNKNOWN_TOPIC_OR_PARTITION",
+  5: "LEADER_NOT_AVAILABLE",
+  6: "NOT_LEADER_OR_FOLLOWER",
+  7: "REQUEST_TIMED_OUT",
+  10: "MESSAGE_TOO_LARGE",
+  17: "INVALID_TOPIC_EXCEPTION",
+  18: "RECORD_LIST_TOO_LARGE",
+  19: "NOT_ENOUGH_REPLICAS",
+  20: "NOT_ENOUGH_REPLICAS_AFTER_APPEND",
+  29: "TOPIC_AUTHORIZATION_FAILED",
+  45: "OUT_OF_ORDER_SEQUENCE_NUMBER",
+  47: "INVALID_PRODUCER_EPOCH",
+  48: "INVALID_TXN_STATE",
+  49: "INVALID_PRODUCER_ID_MAPPING",
+  53: "TRANSACTIONAL_ID_AUTHORIZATION_FAILED",
+  56: "KAFKA_STORAGE_ERROR",
+  59: "UNKNOWN_PRODUCER_ID",
+  87: "INVALID_RECORD",
+  90: "PRODUCER_FENCED",
+};
+
+/** The protocol's names of what went wrong, wherever kafkajs has put them. */
+function typesOf(error: unknown): readonly string[] {
+  if (typeof error !== "object" || error === null) return [];
+  const { type, code, cause, originalError, errors } = error as Readonly<Record<string, unknown>>;
+  return [
+    ...typeof type === "string" ? [type] : [],
+    ...typeof code === "number" && code in CODES ? [CODES[code]!] : [],
+    ...cause === error ? [] : typesOf(cause),
+    ...originalError === error ? [] : typesOf(originalError),
+    ...Array.isArray(errors) ? errors.flatMap(typesOf) : [],
+  ];
+}
+
+const isOneOf = (error: unknown, types: readonly string[]): boolean => typesOf(error).some((type) => types.includes(type));
+
+/** Whoever took the transactional id over, or the coordinator that gave a transaction up, has raised the epoch. */
+const FENCED = ["INVALID_PRODUCER_EPOCH", "PRODUCER_FENCED", "INVALID_PRODUCER_ID_MAPPING"];
+const FORBIDDEN = [
+  "TRANSACTIONAL_ID_AUTHORIZATION_FAILED",
+  "CLUSTER_AUTHORIZATION_FAILED",
+  "TOPIC_AUTHORIZATION_FAILED",
+  "SASL_AUTHENTICATION_FAILED",
+  "UNSUPPORTED_SASL_MECHANISM",
+  "ILLEGAL_SASL_STATE",
+];
+const TOO_LARGE = ["MESSAGE_TOO_LARGE", "RECORD_LIST_TOO_LARGE"];
+/** What a broker that is not the leader, or has too few followers, has not taken. */
+const NOT_TAKEN = ["UNKNOWN_TOPIC_OR_PARTITION", "LEADER_NOT_AVAILABLE", "NOT_LEADER_OR_FOLLOWER", "NOT_ENOUGH_REPLICAS"];
+/** What a coordinator has not done, and will do if it is asked again, or if the right one is asked. */
+const NOT_DONE = [
+  "CONCURRENT_TRANSACTIONS",
+  "COORDINATOR_LOAD_IN_PROGRESS",
+  "COORDINATOR_NOT_AVAILABLE",
+  "NOT_COORDINATOR",
+  // As kafkajs calls them.
+  "GROUP_LOAD_IN_PROGRESS",
+  "GROUP_COORDINATOR_NOT_AVAILABLE",
+  "NOT_COORDINATOR_FOR_GROUP",
+];
+
+function explained(error: unknown): unknown {
+  if (error instanceof EffectError) return error;
+  const [type] = typesOf(error);
+  const why = `${(error as Error).message}${type === undefined ? "" : ` (${type})`}`;
+  if (isOneOf(error, FENCED)) {
+    const who = "another relay of this name has taken over, or a transaction took longer than its time-out";
+    return new EffectError("fenced", `Kafka takes no more records from this relay: ${who}`, { cause: error });
+  }
+  if (isOneOf(error, FORBIDDEN)) return new EffectError("sink_invalid", `Kafka refuses: ${why}`, { cause: error });
+  return error;
+}
+
+// ---------------------------------------------------------------------------------------------------------------- records
+
+const utf8 = new TextEncoder();
+
+/** CRC-32C (Castagnoli), reflected: RFC 3720, appendix B.4. */
+const CRC_TABLE = Uint32Array.from({ length: 256 }, (_, byte) => {
+  let crc = byte;
+  for (let bit = 0; bit < 8; bit++) crc = crc & 1 ? crc >>> 1 ^ 0x82f63b78 : crc >>> 1;
+  return crc;
+});
+
+function crc32c(bytes: Uint8Array, from: number, to: number): number {
+  let crc = -1;
+  for (let i = from; i < to; i++) crc = CRC_TABLE[(crc ^ bytes[i]!) & 0xff]! ^ crc >>> 8;
+  return ~crc >>> 0;
+}
+
+/** A buffer that grows. Numbers are big-endian; varints are zigzag, as in protocol buffers. */
+class Writer {
+  bytes: Buffer = Buffer.allocUnsafe(65_536);
+  at = 0;
+
+  reserve(size: number): void {
+    if (this.at + size <= this.bytes.length) return;
+    const grown = Buffer.allocUnsafe(Math.max(this.bytes.length * 2, this.at + size));
+    this.bytes.copy(grown, 0, 0, this.at);
+    this.bytes = grown;
+  }
+  int8(value: number): void {
+    this.reserve(1);
+    this.at = this.bytes.writeInt8(value, this.at);
+  }
+  int16(value: number): void {
+    this.reserve(2);
+    this.at = this.bytes.writeInt16BE(value, this.at);
+  }
+  int32(value: number): void {
+    this.reserve(4);
+    this.at = this.bytes.writeInt32BE(value, this.at);
+  }
+  int64(value: number | bigint): void {
+    this.reserve(8);
+    this.at = this.bytes.writeBigInt64BE(BigInt(value), this.at);
+  }
+  varint(value: number): void {
+    this.reserve(5);
+    let zigzag = (value << 1 ^ value >> 31) >>> 0;
+    for (; zigzag > 0x7f; zigzag >>>= 7) this.bytes[this.at++] = zigzag & 0x7f | 0x80;
+    this.bytes[this.at++] = zigzag;
+  }
+  raw(bytes: Uint8Array): void {
+    this.reserve(bytes.length);
+    this.bytes.set(bytes, this.at);
+    this.at += bytes.length;
+  }
+  /** A length and bytes; null has length -1. */
+  field(value: Uint8Array | string | null): void {
+    if (value === null) return this.varint(-1);
+    if (typeof value === "string") {
+      // Most are short and ASCII: the length is the number of characters, and it is one byte.
+      if (value.length < 64 && this.ascii(value)) return;
+      value = utf8.encode(value);
+    }
+    this.varint(value.length);
+    this.raw(value);
+  }
+  /** Writes a text shorter than 64 characters as a field; false, and nothing is written, if it is not ASCII. */
+  ascii(text: string): boolean {
+    const { length } = text;
+    this.reserve(length + 1);
+    const { bytes, at } = this;
+    for (let i = 0; i < length; i++) {
+      const code = text.charCodeAt(i);
+      if (code > 0x7f) return false;
+      bytes[at + 1 + i] = code;
+    }
+    bytes[at] = length << 1;
+    this.at = at + 1 + length;
+    return true;
+  }
+  string(text: string | null): void {
+    if (text === null) return this.int16(-1);
+    const bytes = utf8.encode(text);
+    this.int16(bytes.length);
+    this.raw(bytes);
+  }
+}
+
+/** Where the record's length will be: a varint of a record below 256 MiB has 4 bytes at most. */
+const LENGTH_BYTES = 4;
+
+function writeRecord(to: Writer, { key, value, headers }: KafkaRecord, offsetDelta: number): void {
+  to.reserve(LENGTH_BYTES + 1);
+  const start = to.at;
+  to.at += LENGTH_BYTES;
+  const from = to.at;
+  to.int8(0); // attributes
+  to.varint(0); // timestampDelta
+  to.varint(offsetDelta);
+  to.field(key);
+  to.field(value);
+  to.varint(headers.length);
+  for (const [name, text] of headers) {
+    to.field(name);
+    to.field(text);
+  }
+  const end = to.at;
+  to.at = start;
+  to.varint(end - from);
+  to.bytes.copyWithin(to.at, from, end);
+  to.at += end - from;
+}
+
+/** A batch of records for one partition. https://kafka.apache.org/documentation/#recordbatch */
+function writeBatch(
+  to: Writer,
+  records: readonly KafkaRecord[],
+  { producerId, producerEpoch }: Producer,
+  sequence: number,
+  transactional: boolean,
+): void {
+  const now = Date.now();
+  const start = to.at;
+  to.int64(0); // baseOffset
+  to.int32(0); // batchLength, below
+  to.int32(-1); // partitionLeaderEpoch
+  to.int8(2); // magic
+  to.int32(0); // crc, below
+  const covered = to.at;
+  to.int16(transactional ? 0x10 : 0); // attributes
+  to.int32(records.length - 1); // lastOffsetDelta
+  to.int64(now); // baseTimestamp
+  to.int64(now); // maxTimestamp
+  to.int64(BigInt(producerId));
+  to.int16(producerEpoch);
+  to.int32(sequence); // baseSequence
+  to.int32(records.length);
+  records.forEach((record, i) => writeRecord(to, record, i));
+  to.bytes.writeInt32BE(to.at - start - 12, start + 8);
+  to.bytes.writeUInt32BE(crc32c(to.bytes, covered, to.at), covered - 4);
+}
+
+/** Records of one request, by topic and partition. */
+type ByPartition = ReadonlyMap<string, ReadonlyMap<number, readonly KafkaRecord[]>>;
+
+const PRODUCE = 0;
+/** The youngest without "flexible" fields that all brokers since 2.1 know. */
+const PRODUCE_VERSION = 7;
+const ALL_REPLICAS = -1;
+
+function produceRequest(
+  byPartition: ByPartition,
+  transactionalId: string | null,
+  timeoutMs: number,
+  producer: Producer,
+  sequenceOf: (topic: string, partition: number) => number,
+): Request {
+  const encode = () => {
+    const to = new Writer();
+    to.string(transactionalId);
+    to.int16(ALL_REPLICAS);
+    to.int32(timeoutMs);
+    to.int32(byPartition.size);
+    for (const [topic, partitions] of byPartition) {
+      to.string(topic);
+      to.int32(partitions.size);
+      for (const [partition, records] of partitions) {
+        to.int32(partition);
+        const length = to.at;
+        to.int32(0);
+        writeBatch(to, records, producer, sequenceOf(topic, partition), transactionalId !== null);
+        to.bytes.writeInt32BE(to.at - length - 4, length);
+      }
+    }
+    const bytes = to.bytes.subarray(0, to.at);
+    return Promise.resolve({ buf: bytes, buffer: bytes });
+  };
+  return {
+    request: { apiKey: PRODUCE, apiVersion: PRODUCE_VERSION, apiName: "Produce", encode },
+    response: {
+      decode: (payload) => Promise.resolve(readProduceAnswer(payload)),
+      parse: (answer) => Promise.resolve(answer),
+    },
+  };
+}
+
+function readProduceAnswer(payload: Buffer): ProduceAnswer & { readonly clientSideThrottleTime: number } {
+  let at = 0;
+  const int16 = () => payload.readInt16BE((at += 2) - 2);
+  const int32 = () => payload.readInt32BE((at += 4) - 4);
+  const int64 = () => Number(payload.readBigInt64BE((at += 8) - 8));
+  const partitions = [];
+  for (let topics = int32(); topics > 0; topics--) {
+    const length = int16();
+    const topic = payload.toString("utf8", at, at += length);
+    for (let left = int32(); left > 0; left--) {
+      const found = { topic, partition: int32(), errorCode: int16(), baseOffset: int64() };
+      int64(); // log_append_time
+      int64(); // log_start_offset
+      partitions.push(found);
+    }
+  }
+  return { partitions, clientSideThrottleTime: int32() };
+}
+
+// ----------------------------------------------------------------------------------------------------------- transactions
+
+/** CoordinatorType of the protocol. */
+const TRANSACTION_COORDINATOR = 1;
+const MAX_SEQUENCE = 2 ** 31;
+
+const pause = (ms: number): Promise<void> => new Promise((resolve) => setTimeout(resolve, ms));
+
+/**
+ * Asks again for what was not done, at first soon: the next transaction has to wait until the markers of the last one are
+ * written, which takes a few milliseconds.
+ */
+async function patiently<T>(untilMs: number, types: readonly string[], run: (again: boolean) => Promise<T>): Promise<T> {
+  const deadline = performance.now() + untilMs;
+  for (let tries = 0;; tries++) {
+    try {
+      return await run(tries > 0);
+    } catch (error) {
+      if (!isOneOf(error, types) || performance.now() > deadline) throw error;
+      await pause(Math.min(100, 2 * 1.3 ** tries));
+    }
+  }
+}
+
+async function openTransactions(
+  cluster: Cluster,
+  transactionalId: string | null,
+  timeoutMs: number,
+): Promise<KafkaTransactions> {
+  let known: Broker | undefined;
+  const ask = <T>(run: (broker: Broker) => Promise<T>): Promise<T> =>
+    patiently(timeoutMs, NOT_DONE, async (again) => {
+      if (again) known = undefined;
+      const of = { groupId: transactionalId!, coordinatorType: TRANSACTION_COORDINATOR };
+      known ??= transactionalId === null ? await cluster.findControllerBroker() : await cluster.findGroupCoordinator(of);
+      return await run(known);
+    });
+  const init = { transactionalId: transactionalId ?? undefined, transactionTimeout: timeoutMs };
+  const producer = await ask((broker) => broker.initProducerId(init));
+  const sequences = new Map<string, number>();
+  const sequenceKey = (topic: string, partition: number) => `${partition} ${topic}`;
+  const sequenceOf = (topic: string, partition: number) => sequences.get(sequenceKey(topic, partition)) ?? 0;
+  let joined = new Set<string>();
+
+  /** Tells the coordinator which partitions the transaction writes to, before it does. */
+  async function join(byPartition: ByPartition): Promise<void> {
+    if (transactionalId === null) return;
+    const added: string[] = [];
+    const topics = Array.from(byPartition, ([topic, partitions]) => ({
+      topic,
+      partitions: [...partitions.keys()].filter((partition) => {
+        const key = sequenceKey(topic, partition);
+        if (joined.has(key)) return false;
+        added.push(key);
+        return true;
+      }),
+    })).filter(({ partitions }) => partitions.length > 0);
+    if (topics.length === 0) return;
+    await ask((broker) => broker.addPartitionsToTxn({ transactionalId, ...producer, topics }));
+    for (const key of added) joined.add(key);
+  }
+
+  /** The leaders of the partitions, each with its own. */
+  function byLeader(byPartition: ByPartition): ReadonlyMap<string, ByPartition> {
+    const leaders = new Map<string, Map<string, Map<number, readonly KafkaRecord[]>>>();
+    for (const [topic, partitions] of byPartition) {
+      const found = cluster.findLeaderForPartitions(topic, [...partitions.keys()]);
+      for (const [leader, numbers] of Object.entries(found)) {
+        const topics = leaders.get(leader) ?? new Map<string, Map<number, readonly KafkaRecord[]>>();
+        leaders.set(leader, topics);
+        topics.set(topic, new Map(numbers.map((partition) => [partition, partitions.get(partition)!])));
+      }
+    }
+    return leaders;
+  }
+
+  /** Sends each leader its records; answers those that leaders have not taken because they are none. */
+  async function produce(byPartition: ByPartition, offsets: Map<string, number>) {
+    const left = new Map<string, Map<number, readonly KafkaRecord[]>>();
+    let tooLarge = false;
+    await Promise.all(Array.from(byLeader(byPartition), async ([nodeId, mine]) => {
+      const broker = await cluster.findBroker({ nodeId });
+      const request = produceRequest(mine, transactionalId, timeoutMs, producer, sequenceOf);
+      const { partitions } = await broker.connectionPool.send(request) as ProduceAnswer;
+      for (const { topic, partition, errorCode, baseOffset } of partitions) {
+        const type = errorCode === 0 ? undefined : CODES[errorCode] ?? `error ${errorCode}`;
+        const records = mine.get(topic)!.get(partition)!;
+        if (type !== undefined && NOT_TAKEN.includes(type)) {
+          left.set(topic, (left.get(topic) ?? new Map<number, readonly KafkaRecord[]>()).set(partition, records));
+        } else if (type !== undefined && TOO_LARGE.includes(type)) {
+          tooLarge = true;
+        } else if (type !== undefined) {
+          throw Object.assign(new Error(`Kafka did not take records for ${topic}: ${type}`), { type });
+        } else {
+          offsets.set(sequenceKey(topic, partition), baseOffset);
+          sequences.set(sequenceKey(topic, partition), (sequenceOf(topic, partition) + records.length) % MAX_SEQUENCE);
+        }
+      }
+    }));
+    return { left, tooLarge };
+  }
+
+  return {
+    async send(records) {
+      const byPartition = new Map<string, Map<number, KafkaRecord[]>>();
+      for (const record of records) {
+        let partitions = byPartition.get(record.topic);
+        if (!partitions) byPartition.set(record.topic, partitions = new Map());
+        const list = partitions.get(record.partition);
+        if (list) list.push(record);
+        else partitions.set(record.partition, [record]);
+      }
+      try {
+        for (const topic of byPartition.keys()) await cluster.addTargetTopic(topic);
+        await join(byPartition);
+        const offsets = new Map<string, number>();
+        const deadline = performance.now() + timeoutMs;
+        let rest: ByPartition = byPartition;
+        for (let tries = 0;; tries++) {
+          const { left, tooLarge } = await produce(rest, offsets);
+          if (left.size === 0 || tooLarge) {
+            return { tooLarge, offsetOf: (topic, partition) => offsets.get(sequenceKey(topic, partition)) };
+          }
+          if (performance.now() > deadline) throw new Error(`Kafka has no leader for topic ${[...left.keys()].join(", ")}`);
+          // The same sequence numbers again: should a leader have taken them all the same, the next one knows.
+          rest = left;
+          await pause(Math.min(200, 10 * 1.5 ** tries));
+          await cluster.refreshMetadata();
+        }
+      } catch (error) {
+        throw explained(error);
+      }
+    },
+    async commit() {
+      if (transactionalId === null || joined.size === 0) return;
+      try {
+        await ask((broker) => broker.endTxn({ transactionalId, ...producer, transactionResult: true }));
+      } catch (error) {
+        throw explained(error);
+      }
+      joined = new Set();
+    },
+  };
+}
+
+// ------------------------------------------------------------------------------------------------------------- connection
+
+const READ_COMMITTED = 1;
+const FETCH_BYTES = 4_194_304;
+/** ConfigResource.Type of the protocol. */
+const TOPIC_RESOURCE = 2;
+
+async function openConnection(kafka: KafkajsKafka): Promise<KafkaConnection> {
+  const cluster = clusterOf(kafka);
+  // What is under way is waited for: for as long as a request may take where a broker hangs.
+  const close = () => cluster.disconnect().catch(() => {});
+  try {
+    await cluster.connect();
+  } catch (error) {
+    close();
+    throw explained(error);
+  }
+
+  let loaded = false;
+  /** Learns of the brokers. Without a topic to ask for kafkajs asks for all that there are: only where none is known. */
+  async function load(): Promise<void> {
+    if (!loaded) await cluster.refreshMetadata();
+    loaded = true;
+  }
+  async function partitions(topic: string): Promise<number> {
+    try {
+      await cluster.addTargetTopic(topic);
+      loaded = true;
+      return cluster.findTopicPartitionMetadata(topic).length;
+    } catch (error) {
+      if (isOneOf(error, ["UNKNOWN_TOPIC_OR_PARTITION", "INVALID_TOPIC_EXCEPTION"])) return 0;
+      throw explained(error);
+    }
+  }
+  async function fetch(topic: string, partition: number, offset: number): Promise<FetchedPartition> {
+    const [leader] = Object.keys(cluster.findLeaderForPartitions(topic, [partition]));
+    const broker = await cluster.findBroker({ nodeId: leader ?? "-1" });
+    const { responses } = await broker.fetch({
+      isolationLevel: READ_COMMITTED,
+      maxWaitTime: 100,
+      minBytes: 1,
+      maxBytes: FETCH_BYTES,
+      topics: [{ topic, partitions: [{ partition, fetchOffset: String(offset), maxBytes: FETCH_BYTES }] }],
+    });
+    return responses[0]!.partitions[0]!;
+  }
+
+  return {
+    async brokers() {
+      await load();
+      return cluster.getNodeIds().length;
+    },
+    partitions,
+    async refresh() {
+      await cluster.refreshMetadata();
+    },
+    async setting(topic, name) {
+      try {
+        const broker = await cluster.findControllerBroker();
+        const resources = [{ type: TOPIC_RESOURCE, name: topic, configNames: [name] }];
+        const [described] = (await broker.describeConfigs({ resources })).resources;
+        return described?.configEntries.find(({ configName }) => configName === name)?.configValue;
+      } catch (error) {
+        if (isOneOf(error, FORBIDDEN)) return undefined;
+        throw error;
+      }
+    },
+    async create(topic, { partitions: numPartitions = -1, copies = -1, settings = {} }: TopicOptions) {
+      const configEntries = Object.entries(settings).map(([name, value]) => ({ name, value }));
+      const topics = [{ topic, numPartitions, replicationFactor: copies, configEntries }];
+      try {
+        await load();
+        await patiently(10_000, ["NOT_CONTROLLER"], async (again) => {
+          if (again) await cluster.refreshMetadata();
+          const broker = await cluster.findControllerBroker();
+          await broker.createTopics({ topics, timeout: 10_000 });
+        });
+      } catch (error) {
+        if (!isOneOf(error, ["TOPIC_ALREADY_EXISTS"])) throw explained(error);
+      }
+      for (let tries = 0; await partitions(topic) === 0; tries++) {
+        if (tries > 100) throw new Error(`Topic "${topic}" was created, but no broker has heard of it yet`);
+        await pause(100);
+      }
+    },
+    async read(topic, partition, from) {
+      let fetched: FetchedPartition;
+      try {
+        fetched = await fetch(topic, partition, from);
+      } catch (error) {
+        if (isOneOf(error, FORBIDDEN)) throw explained(error);
+        if (isOneOf(error, ["OFFSET_OUT_OF_RANGE"])) {
+          const [low] = await cluster.fetchTopicsOffset([{ topic, partitions: [{ partition }], fromBeginning: true }]);
+          return { records: [], next: Math.max(from, Number(low!.partitions[0]!.offset)) };
+        }
+        await pause(50);
+        await cluster.refreshMetadata();
+        return { records: [], next: from };
+      }
+      const { messages, abortedTransactions, lastStableOffset } = fetched;
+      const aborted = [...abortedTransactions ?? []].sort((a, b) => Number(a.firstOffset) - Number(b.firstOffset));
+      const open = new Set<string>();
+      const records: { offset: number; key: Uint8Array | null; value: Uint8Array | null }[] = [];
+      let next = from;
+      for (const { offset: text, key, value, isControlRecord, batchContext } of messages) {
+        const offset = Number(text);
+        while (aborted.length > 0 && Number(aborted[0]!.firstOffset) <= offset) open.add(aborted.shift()!.producerId);
+        // The end of a transaction is a control record of its producer. https://kafka.apache.org/documentation/#controlbatch
+        if (isControlRecord) open.delete(batchContext.producerId);
+        if (offset < next) continue;
+        next = offset + 1;
+        if (isControlRecord || batchContext.inTransaction && open.has(batchContext.producerId)) continue;
+        records.push({ offset, key, value });
+      }
+      // A batch that compaction has emptied has no records, but offsets.
+      if (next === from && Number(lastStableOffset) > from) next++;
+      return { records, next };
+    },
+    async begin(transactionalId, timeoutMs) {
+      try {
+        return await openTransactions(cluster, transactionalId, timeoutMs);
+      } catch (error) {
+        throw explained(error);
+      }
+    },
+    close,
+  };
+}
+
+/** Makes a client for `kafkaSink` of kafkajs' own. Each relay has connections of its own. */
+export function kafkajs(kafka: KafkajsKafka): KafkaClient {
+  return { open: () => openConnection(kafka) };
+}
