@@ -23,7 +23,9 @@
 import {
   type AtomicSession,
   type AtomicSink,
+  type CallSink,
   EffectError,
+  type Json,
   type Message,
   type Position,
   type PositionOwner,
@@ -127,6 +129,12 @@ export interface KafkaTransactions {
 
 /** How {@linkcode kafkaSink} works. */
 export interface KafkaSinkOptions {
+  /**
+   * A name for people, without secrets.
+   *
+   * @default {"kafka", with the topic if there is one}
+   */
+  readonly name?: string;
   /**
    * One topic for all messages.
    *
@@ -237,57 +245,64 @@ function createRecords(connection: KafkaConnection, name: string, options: Kafka
   }
 
   return {
-    /**
-     * Makes the records of messages, in portions that brokers take.
-     *
-     * @param more Headers of each message.
-     * @throws As `refusedMessage` says, if Kafka does not take one of them.
-     */
-    async portions(messages: readonly Message[], more: (i: number) => KafkaRecord["headers"]): Promise<KafkaRecord[][]> {
-      if (performance.now() > knownUntil) {
-        await connection.refresh();
-        known.clear();
-        knownUntil = performance.now() + METADATA_MS;
-      }
+    /** Before the next batch. */
+    async next(): Promise<void> {
       turn++;
+      if (performance.now() < knownUntil) return;
+      await connection.refresh();
+      known.clear();
+      knownUntil = performance.now() + METADATA_MS;
+    },
+    /**
+     * The record of a message.
+     *
+     * @throws As `refusedMessage` says, if Kafka does not take it.
+     */
+    async record(message: Message, more: KafkaRecord["headers"]): Promise<KafkaRecord> {
+      const { id, topic: type, value, headers, time } = message;
+      const topic = fixed ?? type;
+      const found = known.get(topic) ?? await find(topic);
+      if (!found) {
+        const how = "create it, or let the relay create topics (--create-topics)";
+        throw refusedMessage(message, new Error(`topic "${topic}" does not exist in Kafka: ${how}`));
+      }
+      const key = message.key === null ? null : encoder.encode(message.key);
+      const record: KafkaRecord = {
+        topic,
+        partition: key === null ? turn % found.partitions : partitionOf(key, found.partitions),
+        key,
+        value,
+        headers: [
+          ...Object.entries(headers).filter(([name]) => !RESERVED.test(name)),
+          ["ce_specversion", "1.0"],
+          ["ce_id", id],
+          ["ce_source", source],
+          ["ce_type", type],
+          ...Number.isNaN(time.getTime()) ? [] : [["ce_time", time.toISOString()] as const],
+          ...more,
+        ],
+      };
+      const size = sizeOf(record);
+      if (size + BATCH_OVERHEAD > found.maxBytes) {
+        const limit = `topic "${topic}" takes ${found.maxBytes} (${MAX_BYTES_NAME})`;
+        throw refusedMessage(
+          message,
+          rejected(`it is too large for Kafka: a record of about ${size} bytes, where ${limit}`),
+        );
+      }
+      return record;
+    },
+    /** Divides records into portions that brokers take. */
+    portions(records: readonly KafkaRecord[]): KafkaRecord[][] {
       let portion: KafkaRecord[] = [];
       let sizes = new Map<string, number>();
       const portions = [portion];
-      for (const [i, message] of messages.entries()) {
-        const { id, topic: type, value, headers, time } = message;
-        const topic = fixed ?? type;
-        const found = await find(topic);
-        if (!found) {
-          const how = "create it, or let the relay create topics (--create-topics)";
-          throw refusedMessage(message, new Error(`topic "${topic}" does not exist in Kafka: ${how}`));
-        }
-        const key = message.key === null ? null : encoder.encode(message.key);
-        const record: KafkaRecord = {
-          topic,
-          partition: key === null ? turn % found.partitions : partitionOf(key, found.partitions),
-          key,
-          value,
-          headers: [
-            ...Object.entries(headers).filter(([name]) => !RESERVED.test(name)),
-            ["ce_specversion", "1.0"],
-            ["ce_id", id],
-            ["ce_source", source],
-            ["ce_type", type],
-            ...Number.isNaN(time.getTime()) ? [] : [["ce_time", time.toISOString()] as const],
-            ...more(i),
-          ],
-        };
+      for (const record of records) {
+        const { topic, partition } = record;
+        const place = `${partition} ${topic}`;
         const size = sizeOf(record);
-        if (size + BATCH_OVERHEAD > found.maxBytes) {
-          const limit = `topic "${topic}" takes ${found.maxBytes} (${MAX_BYTES_NAME})`;
-          throw refusedMessage(
-            message,
-            rejected(`it is too large for Kafka: a record of about ${size} bytes, where ${limit}`),
-          );
-        }
-        const place = `${record.partition} ${topic}`;
         const before = sizes.get(place) ?? BATCH_OVERHEAD;
-        if (before + size > found.maxBytes) {
+        if (before + size > known.get(topic)!.maxBytes) {
           portions.push(portion = []);
           sizes = new Map();
         }
@@ -302,7 +317,7 @@ function createRecords(connection: KafkaConnection, name: string, options: Kafka
       for (const record of portion) sizes.set(record.topic, (sizes.get(record.topic) ?? BATCH_OVERHEAD) + sizeOf(record));
       for (const [topic, size] of sizes) limits.set(topic, Math.max(1024, Math.floor(size / 2)));
       known.clear();
-      return new Error(`${name} took no portion of ${portion.length} records: it gets smaller ones`);
+      return new Error(`${name} did not take a portion of ${portion.length} records: it gets smaller ones`);
     },
   };
 }
@@ -466,7 +481,8 @@ async function prepareCursor(
 
 // ------------------------------------------------------------------------------------------------------------------- sink
 
-const nameOf = ({ topic }: KafkaSinkOptions): string => topic === undefined ? "kafka" : `kafka topic ${topic}`;
+const nameOf = ({ topic, name }: KafkaSinkOptions): string =>
+  name ?? (topic === undefined ? "kafka" : `kafka topic ${topic}`);
 
 /**
  * Kafka as an atomic sink: exactly-once, for readers at `read_committed`.
@@ -527,7 +543,7 @@ async function openSession(
   const mark = { opened, offset: marked.offsetOf(topic, partition) ?? 0 };
   const ring = await readRing(connection, place, owner, mark, 2 * transactionTimeoutMs);
 
-  const { portions, tooLarge } = createRecords(connection, name, options);
+  const { next, record, portions, tooLarge } = createRecords(connection, name, options);
   let last: Position | undefined = ring.at(-1);
   let records = ring.at(-1)?.records ?? 0;
   let state: "open" | "broken" | "closed" = "open";
@@ -540,9 +556,15 @@ async function openSession(
       }
       checkAdvance(last, batch);
       const { n, uid, prev, rows, messages } = batch;
+      await next();
       const first = records;
-      const numbered = (i: number) => [["effectonce-shard", shardText], ["effectonce-position", String(first + i)]] as const;
-      const toSend = await portions(messages, numbered);
+      const made: KafkaRecord[] = [];
+      for (const message of messages) {
+        made.push(
+          await record(message, [["effectonce-shard", shardText], ["effectonce-position", String(first + made.length)]]),
+        );
+      }
+      const toSend = portions(made);
       const after = first + messages.length;
       toSend.at(-1)!.push(toCursor(encoder.encode(String(n % RING)), { n, uid, prev, rows, records: after, relay, source }));
       // Whatever goes wrong from here on: only the cursor tells whether the batch is there.
@@ -561,6 +583,85 @@ async function openSession(
       if (state === "open") await connection.close();
       else void connection.close();
       state = "closed";
+    },
+  };
+}
+
+// ---------------------------------------------------------------------------------------------------- without transactions
+
+/** How {@linkcode kafkaPlainSink} works. */
+export type KafkaPlainSinkOptions = Pick<KafkaSinkOptions, "name" | "topic" | "createTopics" | "source">;
+
+/** Messages that are sent together at most. */
+const TOGETHER = 1000;
+
+/**
+ * Kafka as a sink without transactions, for users who may not use them: at-least-once. Records are those of
+ * {@linkcode kafkaSink} but for `effectonce-shard` and `effectonce-position`. Close it in the end.
+ */
+export function kafkaPlainSink(client: KafkaClient, options: KafkaPlainSinkOptions = {}): CallSink & AsyncDisposable {
+  const name = nameOf(options);
+  const queue: { readonly message: Message; resolve(answer: Json): void; reject(error: unknown): void }[] = [];
+  let busy = false;
+  let opened: Promise<Opened> | undefined;
+
+  async function open() {
+    const connection = await client.open();
+    try {
+      const producer = await connection.begin(null, 30_000);
+      return { connection, producer, ...createRecords(connection, name, options) };
+    } catch (error) {
+      void connection.close();
+      throw error;
+    }
+  }
+  type Opened = Awaited<ReturnType<typeof open>>;
+
+  async function send(group: typeof queue): Promise<void> {
+    let connection: KafkaConnection | undefined;
+    try {
+      const { producer, next, record, portions, tooLarge, ...rest } = await (opened ??= open());
+      connection = rest.connection;
+      await next();
+      const made: KafkaRecord[] = [];
+      const sent: typeof queue = [];
+      for (const item of group) {
+        try {
+          made.push(await record(item.message, []));
+          sent.push(item);
+        } catch (error) {
+          item.reject((error as Error).cause ?? error);
+        }
+      }
+      for (const portion of portions(made)) {
+        if ((await producer.send(portion)).tooLarge) throw tooLarge(portion);
+      }
+      for (const { resolve } of sent) resolve(null);
+    } catch (error) {
+      opened = undefined;
+      void connection?.close();
+      for (const { reject } of group) reject(error); // Of those that are answered already nobody hears it.
+    }
+  }
+  async function flush(): Promise<void> {
+    while (queue.length > 0) await send(queue.splice(0, TOGETHER));
+    busy = false;
+  }
+  return {
+    kind: "call",
+    name,
+    repeat: "always",
+    deliver: (message) =>
+      new Promise((resolve, reject) => {
+        queue.push({ message, resolve, reject });
+        if (busy) return;
+        busy = true;
+        queueMicrotask(flush);
+      }),
+    async [Symbol.asyncDispose]() {
+      const last = await opened?.catch(() => undefined);
+      opened = undefined;
+      await last?.connection.close();
     },
   };
 }

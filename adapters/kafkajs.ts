@@ -682,6 +682,7 @@ async function openConnection(kafka: KafkajsKafka): Promise<KafkaConnection> {
     },
     async begin(transactionalId, timeoutMs) {
       try {
+        await load();
         return await openTransactions(cluster, transactionalId, timeoutMs);
       } catch (error) {
         throw explained(error);

@@ -12,10 +12,17 @@ const isVariable = (text: string): boolean => /^env:[A-Za-z_]\w*$/.test(text);
 /** Parameters of databases that are no secrets. */
 const SHOWN = /^(driver|schema|prefix|outbox|columns|layout|stored|pool|sslmode|sslrootcert|listen)$/;
 
+/** Parameters of Kafka that are no secrets. */
+const SHOWN_OF_KAFKA = /^(transactions|cursor|copies|min-insync|transaction-timeout-ms|sasl|sslmode|sslrootcert)$/;
+
 /** A query without its values, but for those that say which database is meant. */
 function maskedQuery(scheme: string, query: string): string {
-  const database = /^(postgres|postgresql|mysql|mariadb):$/i.test(scheme);
-  return query.replace(/([^?&=]*)=[^&]*/g, (whole, name) => database && SHOWN.test(name) ? whole : `${name}=${HIDDEN}`);
+  const shown = /^(postgres|postgresql|mysql|mariadb):$/i.test(scheme)
+    ? SHOWN
+    : /^kafka:$/i.test(scheme)
+    ? SHOWN_OF_KAFKA
+    : /^$/;
+  return query.replace(/([^?&=]*)=[^&]*/g, (whole, name) => name !== "" && shown.test(name) ? whole : `${name}=${HIDDEN}`);
 }
 
 /** A URL without user, password, fragment and the values of its query. */
@@ -27,7 +34,8 @@ export function maskedUrl(url: string): string {
   // A path of a file has neither.
   if (host === undefined) return /^(sqlite|file|stdout):$/i.test(scheme) ? url : scheme + HIDDEN;
   // Such as a password with a slash in it: nobody knows where it ends.
-  if (!URL.canParse(url)) return scheme + HIDDEN;
+  // Of several brokers the first will do.
+  if (!URL.canParse(/^kafka:/i.test(url) ? url.replace(/,[^@/?#]*/, "") : url)) return scheme + HIDDEN;
   const shownQuery = maskedQuery(scheme, query ?? "");
   return `${scheme}${host.replace(/\/\/.*@/s, `//${HIDDEN}@`)}${path}${shownQuery}${hash === undefined ? "" : `#${HIDDEN}`}`;
 }

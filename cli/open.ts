@@ -9,6 +9,7 @@ import { httpSink } from "../adapters/http.ts";
 import { sqliteSchema } from "../adapters/sqlite.ts";
 import type { Database, OpenOptions } from "./database.ts";
 import { reason, UsageError } from "./errors.ts";
+import { openKafkaSink, permitKafka } from "./kafka.ts";
 import type { Flags } from "./flags.ts";
 import { maskedUrl } from "./mask.ts";
 import { mysqlSchemaOf, openMysql } from "./mysql.ts";
@@ -65,7 +66,12 @@ export function openSink(flags: Flags): CallSink | AtomicSink {
     if (web || !flags.has(name) || flags.layer.get(name)?.source === "environment") continue;
     throw new UsageError(`${flags.label(name)} is for http: and https: targets, not for ${scheme}:`);
   }
+  if (scheme !== "kafka" && flags.layer.get("create-topics")?.source === "flag") {
+    throw new UsageError(`${flags.label("create-topics")} is for kafka: targets, not for ${scheme}:`);
+  }
   switch (scheme) {
+    case "kafka":
+      return openKafkaSink(to, url, flags.on("create-topics"));
     case "http":
     case "https": {
       if (flags.has("dedupe-window-ms") && !flags.on("idempotent")) {
@@ -103,7 +109,9 @@ export function openSink(flags: Flags): CallSink | AtomicSink {
       if (rest !== "") throw new UsageError(`${to}: write stdout: with nothing behind it`);
       return stdoutSink(writeStdout);
     default:
-      throw new UsageError(`${to}: "${scheme}:" is not a target that effectonce knows: use http:, https:, file: or stdout:`);
+      throw new UsageError(
+        `${to}: "${scheme}:" is not a target that effectonce knows: use kafka:, http:, https:, file: or stdout:`,
+      );
   }
 }
 
@@ -149,6 +157,8 @@ export function permitTarget(flags: Flags): void {
     // Deno would ask.
     const folder = asks() ? [{ name: "read", path: path.replace(/[^/]*$/, "") || "." } as const] : [];
     need(flags.label("to"), { name: "read", path }, { name: "write", path }, ...folder);
+  } else if (scheme === "kafka") {
+    permitKafka(flags.label("to"), flags.url("to")!);
   } else if (scheme !== "stdout") {
     for (const name of ["to", "reconcile"]) {
       if (flags.has(name)) need(flags.label(name), hostOf(flags.url(name)!));

@@ -85,9 +85,11 @@ async function runShards(
       observe({ type: "failed", relay: name, reason: reason(error), afterMs: 0 });
     }
   }
-  if (count === 1) return await relay(options);
-  if (options.to.kind === "atomic") {
-    const how = "set it to 1 by init --shards 1, or relay into a target that is called";
+  // A sink that lets in whoever comes last is one relay's at a time: the others stand by.
+  const leased = options.to.kind === "atomic" && options.to.fences === true;
+  if (count === 1 && !leased) return await relay(options);
+  if (options.to.kind === "atomic" && !leased) {
+    const how = "set it to 1 by init --shards 1, or relay into kafka: or into a target that is called";
     throw new Error(`${options.to.name} takes one shard of an outbox, and ${from.name} has ${count}: ${how}`);
   }
   let started = false;

@@ -8,7 +8,7 @@ import type { FlagTable } from "./flags.ts";
 /** The flags of `relay`, and of what looks at a relay. */
 export const RELAY_FLAGS: FlagTable = {
   from: { kind: "url", required: true, help: "the outbox: sqlite:app.db, postgres:…, mysql:…" },
-  to: { kind: "url", required: true, help: "the target: http(s)://…, file:events.jsonl or stdout:" },
+  to: { kind: "url", required: true, help: "the target: kafka://…, http(s)://…, file:events.jsonl or stdout:" },
   name: { kind: "name", default: "default", file: "none", help: "scope of the relay's effects; of a file: only this relay" },
   topics: { kind: "names", help: "only these topics (all)" },
   drain: { kind: "switch", file: "top", help: "stop when nothing deliverable is left" },
@@ -27,7 +27,7 @@ export const RELAY_FLAGS: FlagTable = {
   method: { kind: "text", oneOf: ["POST", "PUT"], default: "POST", help: "HTTP method" },
   "timeout-ms": { kind: "number", min: 1, default: 10_000, help: "for one HTTP call" },
   lanes: { kind: "number", min: 1, default: 8, help: "calls at the same time" },
-  batch: { kind: "number", min: 1, default: 100, help: "messages in hand, or in one commit" },
+  batch: { kind: "number", min: 1, help: "messages in hand, or in one commit (100; 1000 into kafka:)" },
   "lease-ms": { kind: "number", min: 10, default: 30_000, help: "how long others wait for a silent relay" },
   attempts: { kind: "number", min: 1, default: 10, help: "before a message is parked" },
   "min-retry-ms": { kind: "number", default: 200, help: "first bound of the back-off" },
@@ -45,6 +45,7 @@ export const RELAY_FLAGS: FlagTable = {
     file: "none",
     help: "the store was restored or copied, and knows all calls that were made: go on",
   },
+  "create-topics": { kind: "switch", help: "into kafka: create a topic that does not exist" },
   "allow-duplicates": { kind: "switch", help: "no claims: at-least-once" },
   listen: {
     kind: "text",

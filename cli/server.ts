@@ -8,7 +8,7 @@ import { type ExistingOutbox, type TableOptions, type Tables, tablesOf } from ".
 import type { Check } from "./database.ts";
 import { codeOf, reason, UsageError } from "./errors.ts";
 import { need } from "./permissions.ts";
-import { choice, onlyParameters, parts, type UrlParts } from "./url.ts";
+import { choice, numberOf, onlyParameters, parts, type UrlParts } from "./url.ts";
 import { variable } from "./variables.ts";
 
 /** For how long to try before a server counts as away, and for how long the adapters wait. */
@@ -164,7 +164,7 @@ export function readServer(label: string, url: string, known: ServerScheme): Ser
     password: secret,
     database,
     tables,
-    pool: poolOf(label, parameters),
+    pool: numberOf(label, read, "pool", 1, 1000) ?? 10,
     tls: tlsOf(label, read),
     read,
   };
@@ -183,14 +183,8 @@ function authority(label: string, { rest }: UrlParts, known: ServerScheme): URL 
   return read;
 }
 
-function poolOf(label: string, parameters: URLSearchParams): number {
-  const text = parameters.get("pool") ?? "10";
-  const pool = /^\d{1,4}$/.test(text) ? Number(text) : 0;
-  if (pool < 1 || pool > 1000) throw new UsageError(`${label}: pool must be a whole number from 1 to 1000`);
-  return pool;
-}
-
-function tlsOf(label: string, read: UrlParts): Tls | undefined {
+/** How connections are encrypted, by the parameters of a URL. */
+export function tlsOf(label: string, read: UrlParts): Tls | undefined {
   const mode = choice(label, read, "sslmode", ["disable", "require", "verify-full"]) ?? "disable";
   const path = read.parameters.get("sslrootcert");
   if (path === null) return mode === "disable" ? undefined : { verify: mode === "verify-full", ca: undefined };

@@ -23,7 +23,7 @@ export interface UrlParts {
 export function parts(label: string, url: string): UrlParts {
   const match = /^([a-z][a-z0-9+.-]*):(.*)$/is.exec(url);
   if (!match) {
-    const schemes = "sqlite:, postgres:, mysql:, https:, file: or stdout:";
+    const schemes = "sqlite:, postgres:, mysql:, kafka:, https:, file: or stdout:";
     throw new UsageError(`${label} is not a URL: it should begin with a scheme, such as ${schemes}`);
   }
   const [rest, query] = match[2]!.split(/\?(.*)/s);
@@ -41,6 +41,21 @@ export function onlyParameters(label: string, { scheme, parameters }: UrlParts, 
     }
     if (parameters.getAll(name).length > 1) throw new UsageError(`${label}: ${name} is given twice`);
   }
+}
+
+/** A parameter that is a whole number. */
+export function numberOf(
+  label: string,
+  { parameters }: UrlParts,
+  name: string,
+  min: number,
+  max: number,
+): number | undefined {
+  const text = parameters.get(name);
+  if (text === null) return undefined;
+  const number = /^\d{1,15}$/.test(text) ? Number(text) : NaN;
+  if (number >= min && number <= max) return number;
+  throw new UsageError(`${label}: ${name} must be a whole number from ${min} to ${max}`);
 }
 
 /** A parameter that is one of a few. */

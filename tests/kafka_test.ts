@@ -14,7 +14,7 @@ import {
 } from "@effectonce/effectonce";
 import { chainText } from "@effectonce/effectonce/adapter";
 import { atomicSinkCases, type OpenAtomicSink } from "@effectonce/effectonce/conformance";
-import { kafkaSink, type KafkaSinkOptions, partitionOf } from "@effectonce/effectonce/kafka";
+import { kafkaPlainSink, kafkaSink, type KafkaSinkOptions, partitionOf } from "@effectonce/effectonce/kafka";
 import { kafkajs } from "@effectonce/effectonce/kafkajs";
 import { memoryOutbox, memoryStore } from "@effectonce/effectonce/memory";
 import { freshName, kafkaOf, makeTopic, readTopic } from "./kafka/topics.ts";
@@ -357,4 +357,22 @@ Deno.test("a broker that takes less than it says is sent less, and nothing twice
   await admin.disconnect();
   assert(events.some((event) => event.type === "failed" && /it gets smaller ones/.test(event.reason)), "it was refused");
   assertEquals((await readTopic(BROKERS, topic)).map(({ headers }) => headers["ce_id"]), ids);
+});
+
+Deno.test("without transactions messages go out at least once, refused ones are parked, and the order of a key is kept", async () => {
+  const topic = await makeTopic(BROKERS, { partitions: 3, settings: { "max.message.bytes": "2000" } });
+  const store = memoryStore();
+  const ids = Array.from({ length: 300 }, (_, i) => `m${i}`);
+  await store.enqueue(...ids.map((id, i) => ({ id, topic, key: `k${i % 7}`, value: i === 100 ? "x".repeat(5000) : id })));
+  const from = memoryOutbox(store);
+  await using to = kafkaPlainSink(kafkajs(kafkaOf(BROKERS)));
+  const report = await relay({ from, to, drain: true, lanes: 16, onPark: "skip", attempts: 2, maxRetryMs: 200 });
+  assertEquals(report, { delivered: 299, parked: 1, uncertain: 0 });
+  assertMatch((await from.parked())[0]!.reason, /too large for Kafka/);
+  const seen = await readTopic(BROKERS, topic);
+  assertEquals(new Set(seen.map(({ value }) => value)).size, 299);
+  for (let k = 0; k < 7; k++) {
+    const mine = seen.filter(({ key }) => key === `k${k}`).map(({ value }) => Number(value!.slice(1)));
+    assertEquals(mine, mine.toSorted((a, b) => a - b));
+  }
 });

@@ -1,0 +1,169 @@
+/**
+ * Opens Kafka, by kafkajs.
+ *
+ * @module
+ */
+import process from "node:process";
+import type { AtomicSink, CallSink } from "../mod.ts";
+import { type KafkaClient, type KafkaConnection, kafkaPlainSink, kafkaSink } from "../adapters/kafka.ts";
+import { kafkajs, type KafkajsKafka } from "../adapters/kafkajs.ts";
+import { codeOf, reason, UsageError } from "./errors.ts";
+import { need } from "./permissions.ts";
+import { CONNECT_MS, tlsOf } from "./server.ts";
+import { choice, numberOf, onlyParameters, parts, type UrlParts } from "./url.ts";
+import { dereference } from "./variables.ts";
+
+/** A URL of Kafka, read. */
+export interface KafkaUrl {
+  /** For people: without user, password and parameters. */
+  readonly name: string;
+  /** `host:port`. */
+  readonly brokers: readonly string[];
+  readonly topic: string | undefined;
+  /** Whether records and the relay's position are one transaction. */
+  readonly transactions: boolean;
+  readonly client: KafkaClient;
+  readonly cursorTopic: string | undefined;
+  readonly copies: number | undefined;
+  readonly minInsyncReplicas: number | undefined;
+  readonly transactionTimeoutMs: number | undefined;
+}
+
+const EXAMPLE = "kafka://host:9092, kafka://host:9092,host2:9092 or kafka://host:9092/topic";
+const PORT = 9092;
+const PARAMETERS = [
+  ...["transactions", "cursor", "copies", "min-insync", "transaction-timeout-ms"],
+  ...["sasl", "user", "password", "sslmode", "sslrootcert"],
+];
+const MECHANISMS = ["plain", "scram-sha-256", "scram-sha-512"] as const;
+
+function brokersOf(label: string, authority: string): readonly string[] {
+  return authority.split(",").map((text) => {
+    const read = URL.parse(`server://${text}`);
+    if (!read || read.hostname === "" || read.pathname !== "") throw new UsageError(`${label}: write ${EXAMPLE}`);
+    return `${read.hostname}:${read.port || PORT}`;
+  });
+}
+
+interface Login {
+  readonly mechanism: (typeof MECHANISMS)[number];
+  readonly username: string;
+  readonly password: string;
+}
+
+function loginOf(label: string, read: UrlParts, credentials: string | undefined): Login | undefined {
+  const { parameters } = read;
+  const [user, password] = credentials === undefined
+    ? ["user", "password"].map((name) => {
+      const text = parameters.get(name);
+      return text === null ? undefined : dereference(`${label}: ${name}`, text);
+    })
+    : credentials.split(/:(.*)/s).map((text) => {
+      try {
+        return decodeURIComponent(text);
+      } catch {
+        throw new UsageError(`${label}: a % must be followed by two hexadecimal digits; one that stands for itself is %25`);
+      }
+    });
+  const mechanism = choice(label, read, "sasl", MECHANISMS);
+  if (mechanism === undefined && user === undefined && password === undefined) return undefined;
+  if (!user || !password) {
+    throw new UsageError(
+      `${label}: to log in it needs user and password: kafka://user:password@host:9092, or as parameters`,
+    );
+  }
+  return { mechanism: mechanism ?? "plain", username: user, password };
+}
+
+/** Reads a URL of Kafka. */
+export function readKafka(label: string, url: string): KafkaUrl {
+  const read = parts(label, url);
+  onlyParameters(label, read, PARAMETERS);
+  const { rest, parameters } = read;
+  const coded = "in user and password the characters / ? # @ : , % must be written as %2F %3F %23 %40 %3A %2C %25";
+  const [, credentials, authority, path = ""] = /^\/\/(?:([^@/]*)@)?([^@/]+)(?:\/([^/]*))?$/.exec(rest) ?? [];
+  if (authority === undefined) {
+    throw new UsageError(`${label}: write ${EXAMPLE}${rest.includes("@") ? `; ${coded}` : ""}`);
+  }
+  if (credentials !== undefined && (parameters.has("user") || parameters.has("password"))) {
+    throw new UsageError(`${label}: user and password are given twice`);
+  }
+  const brokers = brokersOf(label, authority);
+  let topic: string;
+  try {
+    topic = decodeURIComponent(path);
+  } catch {
+    throw new UsageError(`${label}: the topic has a % that is not followed by two hexadecimal digits`);
+  }
+  const tls = tlsOf(label, read);
+  const sasl = loginOf(label, read, credentials);
+  const transactions = choice(label, read, "transactions", ["on", "off"]) !== "off";
+  const own = ["cursor", "copies", "min-insync", "transaction-timeout-ms"].find((name) => parameters.has(name));
+  if (!transactions && own !== undefined) throw new UsageError(`${label}: ${own} is of transactions, and they are off`);
+  return {
+    name: `kafka://${brokers.join(",")}${topic && `/${topic}`}`,
+    brokers,
+    topic: topic || undefined,
+    transactions,
+    client: {
+      async open() {
+        const kafka = await load({
+          clientId: "effectonce",
+          brokers,
+          ssl: tls &&
+            { rejectUnauthorized: tls.verify, ca: tls.ca, ...tls.verify ? {} : { checkServerIdentity: () => undefined } },
+          sasl,
+          connectionTimeout: CONNECT_MS,
+          retry: { initialRetryTime: 100, retries: 2 },
+          logLevel: 0, // It says on stderr what it throws as well.
+        });
+        return await connect(kafka, brokers);
+      },
+    },
+    cursorTopic: parameters.get("cursor") || undefined,
+    copies: numberOf(label, read, "copies", 1, 32_767),
+    minInsyncReplicas: numberOf(label, read, "min-insync", 1, 32_767),
+    transactionTimeoutMs: numberOf(label, read, "transaction-timeout-ms", 1_000, 900_000),
+  };
+}
+
+/** Says in words why there is no connection. */
+async function connect(kafka: KafkajsKafka, brokers: readonly string[]): Promise<KafkaConnection> {
+  try {
+    return await kafkajs(kafka).open();
+  } catch (error) {
+    if (codeOf(error) !== undefined) throw error;
+    const where = brokers.join(" or ");
+    throw new Error(`no broker can be reached at ${where}: ${reason(error).replace(/^Connection error: /, "")}`, {
+      cause: error,
+    });
+  }
+}
+
+let quiet = false;
+
+async function load(options: unknown): Promise<KafkajsKafka> {
+  if (!quiet) {
+    quiet = true;
+    // kafkajs asks for timers that lie in the past, about which Deno and Node warn: https://github.com/tulios/kafkajs/issues/1751
+    const emit = process.emitWarning;
+    process.emitWarning = ((...args: unknown[]) => {
+      if (!args.includes("TimeoutNegativeWarning")) Reflect.apply(emit, process, args);
+    }) as typeof emit;
+  }
+  const specifier = "npm:kafkajs@^2.2.4"; // Computed, so that only its users install it.
+  const { Kafka } = await import(specifier) as { Kafka: new (options: unknown) => KafkajsKafka };
+  return new Kafka(options);
+}
+
+/** Makes the sink of a relay. */
+export function openKafkaSink(label: string, url: string, createTopics: boolean): AtomicSink | CallSink {
+  const { name, topic, transactions, client, ...cursor } = readKafka(label, url);
+  const options = { name, topic, createTopics };
+  return transactions ? kafkaSink(client, { ...options, ...cursor }) : kafkaPlainSink(client, options);
+}
+
+/** Makes sure that a relay may reach its brokers: those that it is told of, as the others are not known yet. */
+export function permitKafka(label: string, url: string): void {
+  need(label, ...readKafka(label, url).brokers.map((host) => ({ name: "net", host }) as const));
+}
