@@ -1931,6 +1931,26 @@ export const sourceCases: readonly Case<SourceHarness>[] = [
     const { batches } = await heir.seal([pinned(first!), pinned(second!)], ALL);
     expectEqual(batches.map(({ messages }) => idsOf(messages)), [["a3"]], "the batches when the sink remembers enough");
   }),
+  sourceCase("adopt() goes on behind the sink's last batch, without what is known to be in it", async (storage) => {
+    const { source, again, enqueue, snapshot } = storage;
+    await enqueue(...notes("a1", "b1", "a2", "c1"));
+    const restore = await needs(snapshot, "snapshot")();
+    const session = await source().open(SEALED);
+    const limits = { ...ALL, rows: 1 };
+    const { batches: [first] } = await session.seal([], limits);
+    const { batches: [second] } = await session.seal([pinned(first!)], limits);
+    await session.seal([pinned(first!), pinned(second!)], limits);
+    await restore();
+    const heir = await again().open(SEALED);
+    const ring = [pinned(second!)];
+    await expectError(() => heir.seal(ring, ALL), "diverged", "seal()");
+    await heir.adopt(ring);
+    expectEqual(await heir.settled(), 2, "the number settled");
+    const { batches: [next] } = await heir.seal(ring, limits);
+    // a1 was delivered, but nobody knows any more: whoever accepts a source is told so.
+    expectEqual([next?.n, next?.prev, idsOf(next?.messages ?? [])], [3, second!.uid, ["a1"]], "the next batch");
+    expectEqual(await drainSealed(heir, ring), ["a1", "a2", "c1"], "what is left");
+  }),
 ];
 
 // ----------------------------------------------------------------------------------------------------------- atomic sinks

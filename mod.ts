@@ -1273,8 +1273,20 @@ export interface OutboxMessage {
   readonly reason: string;
 }
 
+/** How a relay's batches stand in an outbox, or in a shard of it. */
+export interface SealedBatches {
+  /** Whose they are. */
+  readonly owner: PositionOwner;
+  /** The last batch whose messages have left the outbox. */
+  readonly settled: Pick<Position, "n" | "uid">;
+  /** Those that were sealed since, oldest first: committed or not, only the sink knows. */
+  readonly batches: readonly Batch[];
+}
+
 /** A source that is a table, as operators see it. */
 export interface Outbox extends Source {
+  /** How a relay's batches stand, by shard. */
+  sealed(relay: string): Promise<readonly SealedBatches[]>;
   /** How many messages stand where. */
   status(): Promise<OutboxStatus>;
   /** Parked messages, those parked first at first, at most `limit` (default 1000). */
@@ -1345,6 +1357,11 @@ export interface SourceSession {
    * told of them. Never rejects.
    */
   wait?(ms: number, signal?: AbortSignal): Promise<void>;
+  /**
+   * Takes the sink's word for what was committed, where the source knows of another history: batches that are not in the ring are
+   * taken apart, so that their messages are sealed, and delivered, again. Only while nothing is on its way.
+   */
+  adopt(ring: readonly Position[]): Promise<void>;
   /** Tells the source that the relay is alive; called every third of `leaseMs`. */
   renew(): Promise<void>;
   /** The relay ends; `settled`: it leaves nothing behind, and another name may take over. */
@@ -1604,6 +1621,8 @@ export type RelayEvent =
   | { readonly type: "fenced"; readonly relay: string; readonly reason: string }
   /** The source's database went back in time, and was repaired from what the sink remembers. */
   | { readonly type: "repaired"; readonly relay: string; readonly batches: number; readonly ids: readonly string[] }
+  /** The source was made to go on behind the sink's last batch, as `acceptSource` has allowed. */
+  | { readonly type: "accepted"; readonly relay: string; readonly n: number; readonly reason: string }
   /** Something passing went wrong; it is tried again. */
   | { readonly type: "failed"; readonly relay: string; readonly reason: string; readonly afterMs: number }
   /** There is nothing to do at the moment. */
@@ -1629,6 +1648,13 @@ export interface RelayOptions {
   readonly allowDuplicates?: boolean;
   /** Return when nothing deliverable is left. */
   readonly drain?: boolean;
+  /**
+   * Asked where the source's database went back in time further than the sink remembers, instead of the error `diverged`: whether
+   * to go on with what is in the source now. What was delivered and is in the source again will then be delivered again.
+   *
+   * @default {undefined} No.
+   */
+  acceptSource?(reason: string): boolean | Promise<boolean>;
   /** Stops gracefully: calls under way are finished, their outcomes recorded, leases released. */
   readonly signal?: AbortSignal;
   /** Hears of everything; must not throw. */
@@ -1697,16 +1723,19 @@ export interface RelayOptions {
   readonly runtime?: Runtime;
 }
 
-type Settings = Required<Omit<RelayOptions, "store" | "signal" | "observe" | "from" | "to" | "allowDuplicates">> & {
-  readonly stopped: () => boolean;
-  readonly emit: (event: RelayEvent) => void;
-  readonly count: (what: keyof RelayReport) => void;
-  /** Messages whose delivery has begun, and that are neither settled nor parked. */
-  readonly begun: Set<string>;
-  /** A busy database passes, which is told. */
-  readonly passes: (error: unknown, afterMs: number) => boolean;
-  readonly signal: AbortSignal | undefined;
-};
+type Settings =
+  & Required<Omit<RelayOptions, "store" | "signal" | "observe" | "from" | "to" | "allowDuplicates" | "acceptSource">>
+  & {
+    readonly acceptSource: RelayOptions["acceptSource"];
+    readonly stopped: () => boolean;
+    readonly emit: (event: RelayEvent) => void;
+    readonly count: (what: keyof RelayReport) => void;
+    /** Messages whose delivery has begun, and that are neither settled nor parked. */
+    readonly begun: Set<string>;
+    /** A busy database passes, which is told. */
+    readonly passes: (error: unknown, afterMs: number) => boolean;
+    readonly signal: AbortSignal | undefined;
+  };
 
 type RelayClaims = Pick<ClaimStore, "claimAll" | "completeAll" | "renew" | "fail" | "resolve">;
 
@@ -2078,6 +2107,8 @@ async function deliverSealed(o: Settings, source: SourceSession, sink: AtomicSin
   let fencedAt = -Infinity;
   /** What was on its way when the last session broke. */
   let inFlight: Batch | undefined;
+  /** Why the source is to go on behind the sink's last batch. */
+  let accepted: string | undefined;
 
   function told(batch: Batch, ms: number, found: boolean): void {
     for (const { id, topic, key, time } of batch.messages) {
@@ -2170,6 +2201,11 @@ async function deliverSealed(o: Settings, source: SourceSession, sink: AtomicSin
       session = await sink.open({ relay, source: source.id, ...source.shard ? { shard: source.shard } : {} });
       const ring: Position[] = session.ring.map(compact);
       const cursor = ring.at(-1) ?? START;
+      if (accepted) {
+        await source.adopt(ring);
+        o.emit({ type: "accepted", relay, n: cursor.n, reason: accepted });
+        accepted = undefined;
+      }
       // The answer was lost, the batch was not.
       if (inFlight && ring.some(({ uid }) => uid === inFlight!.uid)) told(inFlight, 0, true);
       inFlight = undefined;
@@ -2182,6 +2218,10 @@ async function deliverSealed(o: Settings, source: SourceSession, sink: AtomicSin
       }
       return await run(session, ring);
     } catch (error) {
+      if (isCode(error, "diverged") && await o.acceptSource?.(reasonOf(error))) {
+        accepted = reasonOf(error);
+        continue;
+      }
       const fenced = isCode(error, "fenced");
       if (!fenced && !isPassing(error)) throw error;
       // Fenced twice in a row by a sink that lets in whoever comes last: there is another relay, and only one may go on.
@@ -2261,6 +2301,7 @@ export async function relay(options: RelayOptions): Promise<RelayReport> {
     stopped,
     passes,
     begun,
+    acceptSource: options.acceptSource,
     ...times,
   };
 

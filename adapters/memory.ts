@@ -16,6 +16,7 @@
  * @module
  */
 import {
+  type Batch,
   boundRing,
   type CallSink,
   checkKey,
@@ -296,9 +297,19 @@ export function memoryOutbox(store: MemoryStore, options: OutboxOptions = {}): O
     const { id, topic, key, reason } = row;
     return { id, topic, key, state: heldBack(row) ? "blocked" : row.state, reason: reason ?? "" };
   };
+  const withMessages = (batch: Position): Batch => ({
+    ...batch,
+    messages: batch.rows.map(([, id]) => find(id)).filter((row) => row !== undefined).map(toMessage),
+  });
   return {
     name: NAME,
     seals: true,
+    sealed: (relay) =>
+      turns(() => {
+        const { settled: n, settledUid: uid, batches } = memory.state.shards.get(relay) ??
+          { ...settledShard(START), batches: [] };
+        return [{ owner: { relay, source: NAME }, settled: { n, uid }, batches: batches.map(withMessages) }];
+      }),
     status: () =>
       turns(() => {
         const rows = mine();
@@ -424,11 +435,7 @@ export function memoryOutbox(store: MemoryStore, options: OutboxOptions = {}): O
               }
             }
             memory.state.shards.set(relay, next);
-            const batches = next.batches.map((batch) => ({
-              ...batch,
-              messages: batch.rows.map(([, id]) => find(id)).filter((row) => row !== undefined).map(toMessage),
-            }));
-            return { batches, waitMs, repaired: plan.repaired };
+            return { batches: next.batches.map(withMessages), waitMs, repaired: plan.repaired };
           }),
         unseal: (ring, parks) =>
           turns(() => {
@@ -436,6 +443,11 @@ export function memoryOutbox(store: MemoryStore, options: OutboxOptions = {}): O
             settleRows(settle);
             memory.state.shards.set(relay, { ...settledShard(ring.at(-1) ?? START), batches: [] });
             parkRows(parks);
+          }),
+        adopt: (ring) =>
+          turns(() => {
+            settleRows(ring.flatMap(({ rows }) => rows));
+            memory.state.shards.set(relay, { ...settledShard(ring.at(-1) ?? START), batches: [] });
           }),
         renew: () => Promise.resolve(),
         close: () => {

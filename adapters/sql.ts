@@ -31,6 +31,7 @@ import {
   realRuntime,
   type RegisteredRelay,
   type RunSql,
+  type SealedBatches,
   type Source,
   type SourceOptions,
   type SourceSession,
@@ -1212,6 +1213,41 @@ export function sqlOutbox(server: SqlServer<never>, options: SqlOutboxOptions = 
   const noSuchShard = (shard: number, count: number) =>
     new EffectError("source_invalid", `${name} has ${count} shard${count === 1 ? "" : "s"}, and none of number ${shard}`);
 
+  const toShard = (row: Row | undefined): Shard =>
+    // Missing where the database went back to before this relay began; registering again brings it.
+    row === undefined || row["sealed"] === null ? settledShard(START) : {
+      sealed: Number(row["sealed"]),
+      sealedUid: textOf(row["sealed_uid"]),
+      settled: Number(row["settled"]),
+      settledUid: textOf(row["settled_uid"]),
+    };
+  async function batchesOf(run: Run, owner: readonly SqlValue[], shard: number): Promise<readonly Position[]> {
+    const sql = `select n, uid, prev, "rows" from ${tables.batches} where relay = ? and shard = ${shard} order by n`;
+    return (await run(sql, owner)).map(toPosition);
+  }
+  async function shardOf(run: Run, owner: readonly SqlValue[], shard: number): Promise<Shard> {
+    const sql = `select sealed, sealed_uid, settled, settled_uid from ${tables.shards} where relay = ? and shard = ${shard}`;
+    return toShard((await run(sql, owner))[0]);
+  }
+  /** Identifies a shard; `stored`: the outbox's own identity. */
+  function identityOf(stored: string, generation: number, count: number, shard: number) {
+    const of = stored + (generation === 1 ? "" : `/${generation}`);
+    return { id: count === 1 ? of : `${of}.${shard}`, shard: { of, index: shard, count } };
+  }
+  async function withMessages({ run }: Pick<Transaction, "run">, batch: Position): Promise<Batch> {
+    const stored = new Map<string, Message>();
+    for (const portion of portions(batch.rows)) {
+      const rows = await run(
+        `select ${messageColumns} from ${outbox} o where o.${c.seq} in (${numbers(portion.map(([seq]) => seq))})`,
+      );
+      for (const row of rows) stored.set(textOf(row["seq"]), toMessage(row));
+    }
+    const messages = batch.rows.flatMap(([seq, id]) => {
+      const message = stored.get(seq);
+      return message?.id === id ? [message] : [];
+    });
+    return { ...batch, messages };
+  }
   async function openSession({ relay, protocol, onPark, leaseMs }: SourceOptions, { shard, member }: Part) {
     const { count, generation } = await readShards({ run });
     if (member === undefined && count > 1) {
@@ -1240,9 +1276,7 @@ export function sqlOutbox(server: SqlServer<never>, options: SqlOutboxOptions = 
       where ${shardRow} and member = '${member}'))`;
     const holder = member === undefined ? [] : owner;
 
-    async function register(
-      transaction: Transaction,
-    ): Promise<{ readonly id: string; readonly whole: string; readonly inherited: boolean }> {
+    async function register(transaction: Transaction) {
       const { run, now } = transaction;
       let inherited = false;
       for (const other of await registrations(transaction)) {
@@ -1277,11 +1311,10 @@ export function sqlOutbox(server: SqlServer<never>, options: SqlOutboxOptions = 
       await run(lock.sql, owner);
       await freeStranded(transaction, onPark);
       const [stored] = await run(`select value from ${tables.meta} where name = 'outbox_id'`);
-      const whole = textOf(stored!["value"]) + (generation === 1 ? "" : `/${generation}`);
-      return { id: count === 1 ? whole : `${whole}.${shard}`, whole, inherited };
+      return { ...identityOf(textOf(stored!["value"]), generation, count, shard), inherited };
     }
     const registerNow = () => write(register, LOCK_META);
-    const { id, whole, inherited } = await registerNow();
+    const { id, shard: part, inherited } = await registerNow();
 
     async function pendingNow(transaction: Transaction, limits: ReadLimits, extra: string): Promise<readonly Pending[]> {
       for (;;) {
@@ -1315,35 +1348,27 @@ export function sqlOutbox(server: SqlServer<never>, options: SqlOutboxOptions = 
         return message;
       });
 
-    const SHARD = `select sealed, sealed_uid, settled, settled_uid from ${tables.shards} where ${shardRow}`;
-    const toShard = (row: Row | undefined): Shard =>
-      // Missing where the database went back to before this relay began; registering again brings it.
-      row === undefined || row["sealed"] === null ? settledShard(START) : {
-        sealed: Number(row["sealed"]),
-        sealedUid: textOf(row["sealed_uid"]),
-        settled: Number(row["settled"]),
-        settledUid: textOf(row["settled_uid"]),
-      };
-    async function readBatches({ run }: Transaction): Promise<readonly Position[]> {
-      const sql = `select n, uid, prev, "rows" from ${tables.batches} where ${shardRow} order by n`;
-      return (await run(sql, owner)).map(toPosition);
-    }
+    const readBatches = ({ run }: Pick<Transaction, "run">) => batchesOf(run, owner, shard);
     const rowsNow = (rows: Position["rows"]): Statement => ({
       sql: `${c.seq} in (${numbers(rows.map(([seq]) => seq))})
         and (${rows.map(([seq]) => `${c.seq} = ${seq} and ${c.id} = ?`).join(" or ")})`,
       values: rows.map(([, id]) => id),
     });
-    /** Steps a to d of the protocol, under the lock: what the sink has committed is deleted, and forks are repaired. */
-    async function settleUpTo(transaction: Transaction, ring: readonly Position[]) {
-      const { run } = transaction;
-      const before = toShard((await run(SHARD, owner))[0]);
-      const plan = settlePlan(before, await readBatches(transaction), ring);
-      for (const portion of portions(plan.settle)) {
+    /** These rows, and no others that carry their numbers, have left the outbox. */
+    async function settleRows(transaction: Transaction, rows: Position["rows"]): Promise<void> {
+      for (const portion of portions(rows)) {
         const { sql, values } = rowsNow(portion);
-        const keys = await run(`select distinct ${c.key} as message_key from ${outbox} where ${sql}`, values);
+        const keys = await transaction.run(`select distinct ${c.key} as message_key from ${outbox} where ${sql}`, values);
         await remove(transaction, sql, values);
         await unblock(transaction, keys.map((row) => optionalText(row["message_key"])), onPark);
       }
+    }
+    /** Steps a to d of the protocol, under the lock: what the sink has committed is deleted, and forks are repaired. */
+    async function settleUpTo(transaction: Transaction, ring: readonly Position[]) {
+      const { run } = transaction;
+      const before = await shardOf(run, owner, shard);
+      const plan = settlePlan(before, await readBatches(transaction), ring);
+      await settleRows(transaction, plan.settle);
       if (plan.repaired.length > 0 || plan.settle.length > 0) {
         const upTo = plan.repaired.length > 0 ? "" : ` and n <= ${plan.shard.settled}`;
         await run(`delete from ${tables.batches} where ${shardRow}${upTo}`, owner);
@@ -1356,20 +1381,6 @@ export function sqlOutbox(server: SqlServer<never>, options: SqlOutboxOptions = 
           where ${shardRow} and sealed = ?`,
         [next.sealed, next.sealedUid, next.settled, next.settledUid, ...owner, sealed],
       );
-    }
-    async function withMessages({ run }: Transaction, batch: Position): Promise<Batch> {
-      const stored = new Map<string, Message>();
-      for (const portion of portions(batch.rows)) {
-        const rows = await run(
-          `select ${messageColumns} from ${outbox} o where o.${c.seq} in (${numbers(portion.map(([seq]) => seq))})`,
-        );
-        for (const row of rows) stored.set(textOf(row["seq"]), toMessage(row));
-      }
-      const messages = batch.rows.flatMap(([seq, id]) => {
-        const message = stored.get(seq);
-        return message?.id === id ? [message] : [];
-      });
-      return { ...batch, messages };
     }
     /** Under the shard's lock; where the shard's row or the registration is gone, they come back first. */
     function locked<T>(change: (transaction: Transaction) => Promise<T>): Promise<T> {
@@ -1394,7 +1405,7 @@ export function sqlOutbox(server: SqlServer<never>, options: SqlOutboxOptions = 
     listen?.(() => bell.abort(), over.signal);
     const session: SourceSession = {
       id,
-      shard: { of: whole, index: shard, count },
+      shard: part,
       inherited,
       exclusive: member !== undefined,
       async wait(ms, signal) {
@@ -1505,6 +1516,14 @@ export function sqlOutbox(server: SqlServer<never>, options: SqlOutboxOptions = 
           await setAside(transaction, parks, onPark);
           cache.clear();
         }),
+      adopt: (ring) =>
+        locked(async (transaction) => {
+          const before = await shardOf(transaction.run, owner, shard);
+          await settleRows(transaction, ring.flatMap(({ rows }) => rows));
+          await transaction.run(`delete from ${tables.batches} where ${shardRow}`, owner);
+          await writeShard(transaction, before, settledShard(ring.at(-1) ?? START));
+          cache.clear();
+        }),
       async renew() {
         await run(`update ${tables.relays} set until_ms = ${clock} + ? where instance = ?`, [leaseMs, instance]);
       },
@@ -1546,6 +1565,20 @@ export function sqlOutbox(server: SqlServer<never>, options: SqlOutboxOptions = 
     seals: true,
     open: (options) => openSession(options, { shard: 0, member: undefined }),
     shards: async () => (await readShards({ run })).count,
+    async sealed(relay) {
+      const { count, generation } = await readShards({ run });
+      const [stored] = await run(`select value from ${tables.meta} where name = 'outbox_id'`);
+      const found: SealedBatches[] = [];
+      for (let shard = 0; shard < count; shard++) {
+        const owner = [dialect.name(relay)];
+        const { settled: n, settledUid: uid } = await shardOf(run, owner, shard);
+        const batches: Batch[] = [];
+        for (const batch of await batchesOf(run, owner, shard)) batches.push(await withMessages({ run }, batch));
+        const identity = identityOf(textOf(stored!["value"]), generation, count, shard);
+        found.push({ owner: { relay, source: identity.id, shard: identity.shard }, settled: { n, uid }, batches });
+      }
+      return found;
+    },
     shard: (shard, member) => ({ name, seals: true, open: (options) => openSession(options, { shard, member }) }),
     assign: (relay, member, leaseMs, running) =>
       write(async ({ run, now }) => {

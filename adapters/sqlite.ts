@@ -914,6 +914,30 @@ export function sqliteOutbox(client: SqliteClient, options: SqliteOutboxOptions 
     );
   }
 
+  const shardOf = (relay: string): Shard => {
+    const row = prepare(
+      `select sealed, sealed_uid, settled, settled_uid from effectonce_shards where relay = ? and shard = 0`,
+    )
+      .get(relay) as { sealed: number; sealed_uid: string; settled: number; settled_uid: string } | undefined;
+    // Missing where the database went back to before this relay began; registering again brings it.
+    if (!row) return settledShard(START);
+    return { sealed: row.sealed, sealedUid: row.sealed_uid, settled: row.settled, settledUid: row.settled_uid };
+  };
+  const batchesOf = (relay: string): Position[] =>
+    prepare(`select n, uid, prev, rows from effectonce_batches where relay = ? and shard = 0 order by n`).all(relay)
+      .map((stored) => toPosition(stored));
+  function withMessages(batch: Position): Batch {
+    const messages = [];
+    for (const [seq, id] of batch.rows) {
+      const stored = prepare(
+        `select cast(seq as text) as seq, id, topic, key, cast(value as blob) as value, headers, created_at, 0 as behind
+        from effectonce_outbox where seq = cast(? as integer) and id = ?`,
+      ).get(seq, id);
+      if (stored) messages.push(toMessage(stored as StoredMessage));
+    }
+    return { ...batch, messages };
+  }
+
   async function openSession(relay: string, protocol: string, onPark: "block" | "skip", leaseMs: number) {
     const instance = crypto.randomUUID();
     const registration = topics ? JSON.stringify(topics.toSorted()) : null;
@@ -988,18 +1012,8 @@ export function sqliteOutbox(client: SqliteClient, options: SqliteOutboxOptions 
       }
     }
 
-    const readShard = (): Shard => {
-      const row = prepare(
-        `select sealed, sealed_uid, settled, settled_uid from effectonce_shards where relay = ? and shard = 0`,
-      )
-        .get(relay) as { sealed: number; sealed_uid: string; settled: number; settled_uid: string } | undefined;
-      // Missing where the database went back to before this relay began; registering again brings it.
-      if (!row) return settledShard(START);
-      return { sealed: row.sealed, sealedUid: row.sealed_uid, settled: row.settled, settledUid: row.settled_uid };
-    };
-    const readBatches = (): Position[] =>
-      prepare(`select n, uid, prev, rows from effectonce_batches where relay = ? and shard = 0 order by n`).all(relay)
-        .map((stored) => toPosition(stored));
+    const readShard = () => shardOf(relay);
+    const readBatches = () => batchesOf(relay);
     /** Steps a to d of the protocol, under the lock: what the sink has committed is deleted, and forks are repaired. */
     function settleUpTo(ring: readonly Position[]) {
       const before = readShard();
@@ -1020,18 +1034,6 @@ export function sqliteOutbox(client: SqliteClient, options: SqliteOutboxOptions 
     }
     const SEALED = ` and o.seq not in (select cast(json_extract(r.value, '$[0]') as integer)
       from effectonce_batches b, json_each(b.rows) r where b.relay = ? and b.shard = 0)`;
-    function withMessages(batch: Position): Batch {
-      const messages = [];
-      for (const [seq, id] of batch.rows) {
-        const stored = prepare(
-          `select cast(seq as text) as seq, id, topic, key, cast(value as blob) as value, headers, created_at, 0 as behind
-          from effectonce_outbox where seq = cast(? as integer) and id = ?`,
-        ).get(seq, id);
-        if (stored) messages.push(toMessage(stored as StoredMessage));
-      }
-      return { ...batch, messages };
-    }
-
     const session: SourceSession = {
       id,
       inherited,
@@ -1102,6 +1104,16 @@ export function sqliteOutbox(client: SqliteClient, options: SqliteOutboxOptions 
           cache.clear();
           setAside(parks, onPark);
         }),
+      adopt: (ring) =>
+        write(() => {
+          const before = readShard();
+          for (const [seq, id] of ring.flatMap(({ rows }) => rows)) {
+            unblockAll(remove(`seq = cast(? as integer) and id = ?`, seq, id), onPark);
+          }
+          prepare(`delete from effectonce_batches where relay = ? and shard = 0`).run(relay);
+          writeShard(before, settledShard(ring.at(-1) ?? START));
+          cache.clear();
+        }),
       renew: () =>
         write(() => {
           prepare(`update effectonce_relays set until_ms = ? where instance = ?`).run(now() + leaseMs, instance);
@@ -1124,6 +1136,12 @@ export function sqliteOutbox(client: SqliteClient, options: SqliteOutboxOptions 
     name,
     seals: true,
     open: ({ relay, protocol, onPark, leaseMs }) => openSession(relay, protocol, onPark, leaseMs),
+    sealed: (relay) =>
+      read(() => {
+        const { value } = prepare(`select value from effectonce_meta where name = 'outbox_id'`).get() as { value: string };
+        const { settled: n, settledUid: uid } = shardOf(relay);
+        return [{ owner: { relay, source: value }, settled: { n, uid }, batches: batchesOf(relay).map(withMessages) }];
+      }),
     status: () =>
       read(() => {
         const { pending, held, parked, oldest } = prepare(`select

@@ -886,10 +886,13 @@ const sourceFaults: Readonly<Record<string, SourceFault>> = {
   "seal() has diverged where what the sink remembers does not reach back far enough": sessions(({ seal }) => ({
     seal: (ring, limits) => seal(ring, limits).catch(() => ({ batches: [], waitMs: null, repaired: [] })),
   })),
+  "adopt() goes on behind the sink's last batch, without what is known to be in it": sessions(({ adopt }) => ({
+    adopt: (ring) => adopt(ring.map((position) => ({ ...position, rows: [] }))),
+  })),
 };
 
 for (const name of Object.keys(sourceFaults)) {
-  if (/^(release|discard|close\(\) of a relay|a relay that)|repairs a source|lost batch|diverged/.test(name)) {
+  if (/^(release|discard|close\(\) of a relay|a relay that)|repairs a source|lost batch|diverged|adopt/.test(name)) {
     onSqlite.add(name);
   }
 }
