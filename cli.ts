@@ -4,6 +4,7 @@
  * @module
  */
 import { type Command, JSON_OUT, STORE, using } from "./cli/command.ts";
+import { CURSOR } from "./cli/cursor.ts";
 import { demo } from "./cli/demo.ts";
 import { EFFECTS } from "./cli/effects.ts";
 import { ENQUEUE } from "./cli/enqueue.ts";
@@ -53,6 +54,7 @@ const COMMANDS: Readonly<Record<string, Command>> = {
   status: STATUS,
   ...EFFECTS,
   ...RELAYS,
+  ...CURSOR,
   prune: PRUNE,
   schema: {
     summary: "the SQL of the tables, for your own migrations",
@@ -82,6 +84,7 @@ const COMMANDS: Readonly<Record<string, Command>> = {
 const WORDS: Readonly<Record<string, string>> = {
   KEY: "KEY is the message's id, or the key that once() was given.",
   NAME: "NAME is the relay's name.",
+  N: "N is the number of a batch.",
 };
 
 function usage(prefix = ""): string {
@@ -95,8 +98,11 @@ function usage(prefix = ""): string {
     `Exit codes: 0 done, 1 failed, 2 usage\n`;
 }
 
-function subcommands(): string {
-  const words = Object.keys(EFFECTS).map((name) => name.split(" ")[1]!);
+/** Commands that only have subcommands. */
+const GROUPS: Readonly<Record<string, Readonly<Record<string, Command>>>> = { effects: EFFECTS, cursor: CURSOR };
+
+function subcommands(group: string): string {
+  const words = Object.keys(GROUPS[group]!).map((name) => name.split(" ")[1]!);
   return `${words.slice(0, -1).join(", ")} or ${words.at(-1)}`;
 }
 
@@ -105,7 +111,8 @@ export async function main(args: readonly string[]): Promise<number> {
   const help = (arg: string | undefined) => arg === "--help" || arg === "-h";
   const [first, second] = args;
   const both = `${first} ${second}`;
-  const two = Object.hasOwn(COMMANDS, both) || first === "effects" && second !== undefined && !second.startsWith("-");
+  const group = first !== undefined && Object.hasOwn(GROUPS, first) ? first : undefined;
+  const two = Object.hasOwn(COMMANDS, both) || group !== undefined && second !== undefined && !second.startsWith("-");
   const name = two ? both : first ?? "";
   const command = Object.hasOwn(COMMANDS, name) ? COMMANDS[name] : undefined;
   try {
@@ -114,8 +121,8 @@ export async function main(args: readonly string[]): Promise<number> {
       return 2;
     }
     if (first === "help" && second !== undefined) return await main([...args.slice(1), "--help"]);
-    if (first === "help" || help(first) || first === "effects" && help(second)) {
-      write(usage(first === "effects" ? "effects " : ""));
+    if (first === "help" || help(first) || group !== undefined && help(second)) {
+      write(usage(group === undefined ? "" : `${group} `));
       return 0;
     }
     if (first === "--version") {
@@ -125,8 +132,8 @@ export async function main(args: readonly string[]): Promise<number> {
     }
     const rest = args.slice(name.split(" ").length);
     if (!command) {
-      if (name === "effects") throw new UsageError(`effects needs a subcommand: ${subcommands()}`);
-      const how = first === "effects" ? `use effects ${subcommands()}` : "see: help";
+      if (name === group) throw new UsageError(`${group} needs a subcommand: ${subcommands(group)}`);
+      const how = group === undefined ? "see: help" : `use ${group} ${subcommands(group)}`;
       throw new UsageError(`there is no command "${maskedWord(name)}": ${how}`);
     }
     if (rest.some(help)) {
@@ -142,7 +149,7 @@ export async function main(args: readonly string[]): Promise<number> {
     // What a file has is not known yet.
     return await command.run(flags.has("config") ? flags : flags.complete());
   } catch (error) {
-    const topic = command ? `${name} ` : first === "effects" ? "effects " : "";
+    const topic = command ? `${name} ` : group === undefined ? "" : `${group} `;
     console.error(sentencesOf(error, `${topic}--help`));
     return error instanceof UsageError ? 2 : 1;
   }

@@ -2213,7 +2213,7 @@ async function deliverSealed(o: Settings, source: SourceSession, sink: AtomicSin
         throw new EffectError(
           "cursor_lost",
           `${sink.name} ends at batch ${cursor.n}, but ${floor} were delivered: it was removed, emptied, replaced or damaged. ` +
-            `Put it back, or start a new relay name for what is still in the outbox`,
+            `Put it back, or find out where it ends (of Kafka: cursor rebuild), or start a new relay name for what is still in the outbox`,
         );
       }
       return await run(session, ring);

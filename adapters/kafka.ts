@@ -23,6 +23,7 @@
 import {
   type AtomicSession,
   type AtomicSink,
+  type Batch,
   type CallSink,
   EffectError,
   type Json,
@@ -95,9 +96,14 @@ export interface KafkaConnection {
       readonly offset: number;
       readonly key: Uint8Array | null;
       readonly value: Uint8Array | null;
+      readonly headers: Readonly<Record<string, string>>;
     }[];
     readonly next: number;
   }>;
+  /** Where committed records of a partition end: the offset of the next one. */
+  end(topic: string, partition: number): Promise<number>;
+  /** The offset of a partition's first record that is not older than a time; its end if there is none. */
+  since(topic: string, partition: number, time: Date): Promise<number>;
   /**
    * Takes a transactional id over: what is open under it is ended, one way or the other, and whoever had it is shut out. Null:
    * without transactions.
@@ -585,6 +591,136 @@ async function openSession(
       state = "closed";
     },
   };
+}
+
+// ----------------------------------------------------------------------------------------------------------- for operators
+
+/** How a relay's position stands in Kafka. */
+export interface KafkaCursor {
+  /** The cursor topic. */
+  readonly topic: string;
+  /** Its partition. */
+  readonly partition: number;
+  /** The last positions, oldest first; empty if there is none. */
+  readonly ring: readonly Position[];
+  /** How many records the relay has committed. */
+  readonly records: number;
+}
+
+/** What the operator's functions need to know of a sink. */
+export type KafkaCursorOptions = Pick<KafkaSinkOptions, "topic" | "cursorTopic" | "transactionTimeoutMs">;
+
+/** Looks at a relay's position, without keeping the relay from its work. */
+export async function readKafkaCursor(
+  client: KafkaClient,
+  owner: PositionOwner,
+  options: KafkaCursorOptions = {},
+): Promise<KafkaCursor> {
+  const { topic, partition } = await placeOf(owner, options.cursorTopic);
+  const connection = await client.open();
+  try {
+    if (await connection.partitions(topic) <= partition) return { topic, partition, ring: [], records: 0 };
+    const end = await connection.end(topic, partition);
+    for (let wanted = FIRST_LOOK;; wanted *= 4) {
+      const from = Math.max(0, end - wanted);
+      const found: CursorRecord[] = [];
+      for (let next = from; next < end;) {
+        const answer = await connection.read(topic, partition, next);
+        next = answer.next;
+        for (const { value } of answer.records) {
+          const record = parseRecord(topic, value);
+          checkOwner(topic, record, owner);
+          if ("uid" in record) found.push(record);
+        }
+      }
+      const ring = chainOf(found);
+      if (ring.length === 0 && from > 0) continue;
+      return {
+        ...{ topic, partition, records: ring.at(-1)?.records ?? 0 },
+        ring: ring.map(({ n, uid, prev, rows }) => ({ n, uid, prev, rows })),
+      };
+    }
+  } finally {
+    await connection.close();
+  }
+}
+
+/**
+ * Sets a relay's position. What is behind it will be sent, what is before it will not: only whoever knows what is in Kafka should
+ * do so. A relay that runs is shut out, and begins anew from there.
+ */
+export async function writeKafkaCursor(
+  client: KafkaClient,
+  owner: PositionOwner,
+  position: Position,
+  records: number,
+  options: KafkaSinkOptions = {},
+): Promise<void> {
+  const { relay, source } = owner;
+  const place = await placeOf(owner, options.cursorTopic);
+  const { topic, partition } = place;
+  const connection = await client.open();
+  try {
+    await prepareCursor(connection, place, owner, options);
+    const transactions = await connection.begin(`effectonce-${source}-${relay}`, options.transactionTimeoutMs ?? 30_000);
+    const { n, uid, prev, rows } = position;
+    const value = encoder.encode(JSON.stringify({ n, uid, prev, rows, records, relay, source } satisfies CursorRecord));
+    await transactions.send([{ topic, partition, key: encoder.encode(String(n % RING)), value, headers: [] }]);
+    await transactions.commit();
+  } finally {
+    await connection.close();
+  }
+}
+
+/** By how much clocks of writers and brokers may differ, in milliseconds. */
+const SKEW_MS = 3_600_000;
+
+/**
+ * Looks for batches in the topics that they go to: answers the last one of which a message is there, and how many records the
+ * relay has committed. Undefined if there is none of them.
+ */
+export async function findInKafka(
+  client: KafkaClient,
+  batches: readonly Batch[],
+  owner: PositionOwner,
+  options: KafkaCursorOptions = {},
+): Promise<{ readonly n: number; readonly records: number } | undefined> {
+  const connection = await client.open();
+  try {
+    const numbers = new Map<string, number>();
+    const partitions = new Map<string, { topic: string; partition: number; since: number }>();
+    for (const { n, messages } of batches) {
+      for (const { id, topic: own, key, time } of messages) {
+        const topic = options.topic ?? own;
+        numbers.set(id, n);
+        const count = await connection.partitions(topic);
+        const all = Array.from({ length: count }, (_, partition) => partition);
+        for (const partition of key === null || count === 0 ? all : [partitionOf(encoder.encode(key), count)]) {
+          const place = `${partition} ${topic}`;
+          const since = Math.min(partitions.get(place)?.since ?? Infinity, time.getTime() - SKEW_MS);
+          partitions.set(place, { topic, partition, since });
+        }
+      }
+    }
+    const shard = String(owner.shard?.index ?? 0);
+    let found: { n: number; records: number } | undefined;
+    for (const { topic, partition, since } of partitions.values()) {
+      const end = await connection.end(topic, partition);
+      for (let next = await connection.since(topic, partition, new Date(since)); next < end;) {
+        const answer = await connection.read(topic, partition, next);
+        next = answer.next;
+        for (const { headers } of answer.records) {
+          const n = numbers.get(headers["ce_id"] ?? "");
+          if (n === undefined || headers["effectonce-shard"] !== shard) continue;
+          const records = Number(headers["effectonce-position"]) + 1;
+          found = { n: Math.max(n, found?.n ?? 0), records: Math.max(records, found?.records ?? 0) };
+        }
+      }
+    }
+    return found;
+  } finally {
+    await connection.close();
+  }
 }
 
 // ---------------------------------------------------------------------------------------------------- without transactions

@@ -48,7 +48,13 @@ interface Cluster {
   findControllerBroker(): Promise<Broker>;
   findGroupCoordinator(of: { readonly groupId: string; readonly coordinatorType: number }): Promise<Broker>;
   fetchTopicsOffset(
-    topics: readonly { topic: string; partitions: readonly { partition: number }[]; fromBeginning: boolean }[],
+    topics: readonly (
+      & { topic: string; partitions: readonly { partition: number }[] }
+      & (
+        | { fromBeginning: boolean }
+        | { fromTimestamp: number }
+      )
+    )[],
   ): Promise<readonly { readonly partitions: readonly { readonly offset: string }[] }[]>;
 }
 
@@ -91,6 +97,7 @@ interface FetchedPartition {
     readonly offset: string;
     readonly key: Buffer | null;
     readonly value: Buffer | null;
+    readonly headers?: Readonly<Record<string, Buffer | readonly Buffer[] | null>>;
     readonly isControlRecord: boolean;
     readonly batchContext: { readonly producerId: string; readonly inTransaction: boolean };
   }[];
@@ -596,6 +603,15 @@ async function openConnection(kafka: KafkajsKafka): Promise<KafkaConnection> {
       throw explained(error);
     }
   }
+  async function offsetAt(
+    topic: string,
+    partition: number,
+    at: { fromBeginning: boolean } | { fromTimestamp: number },
+  ): Promise<number> {
+    await cluster.addTargetTopic(topic);
+    const [found] = await cluster.fetchTopicsOffset([{ topic, partitions: [{ partition }], ...at }]);
+    return Number(found!.partitions[0]!.offset);
+  }
   async function fetch(topic: string, partition: number, offset: number): Promise<FetchedPartition> {
     const [leader] = Object.keys(cluster.findLeaderForPartitions(topic, [partition]));
     const broker = await cluster.findBroker({ nodeId: leader ?? "-1" });
@@ -654,8 +670,7 @@ async function openConnection(kafka: KafkajsKafka): Promise<KafkaConnection> {
       } catch (error) {
         if (isOneOf(error, FORBIDDEN)) throw explained(error);
         if (isOneOf(error, ["OFFSET_OUT_OF_RANGE"])) {
-          const [low] = await cluster.fetchTopicsOffset([{ topic, partitions: [{ partition }], fromBeginning: true }]);
-          return { records: [], next: Math.max(from, Number(low!.partitions[0]!.offset)) };
+          return { records: [], next: Math.max(from, await offsetAt(topic, partition, { fromBeginning: true })) };
         }
         await pause(50);
         await cluster.refreshMetadata();
@@ -664,9 +679,9 @@ async function openConnection(kafka: KafkajsKafka): Promise<KafkaConnection> {
       const { messages, abortedTransactions, lastStableOffset } = fetched;
       const aborted = [...abortedTransactions ?? []].sort((a, b) => Number(a.firstOffset) - Number(b.firstOffset));
       const open = new Set<string>();
-      const records: { offset: number; key: Uint8Array | null; value: Uint8Array | null }[] = [];
+      const records = [];
       let next = from;
-      for (const { offset: text, key, value, isControlRecord, batchContext } of messages) {
+      for (const { offset: text, key, value, headers = {}, isControlRecord, batchContext } of messages) {
         const offset = Number(text);
         while (aborted.length > 0 && Number(aborted[0]!.firstOffset) <= offset) open.add(aborted.shift()!.producerId);
         // The end of a transaction is a control record of its producer. https://kafka.apache.org/documentation/#controlbatch
@@ -674,11 +689,20 @@ async function openConnection(kafka: KafkajsKafka): Promise<KafkaConnection> {
         if (offset < next) continue;
         next = offset + 1;
         if (isControlRecord || batchContext.inTransaction && open.has(batchContext.producerId)) continue;
-        records.push({ offset, key, value });
+        const texts = Object.entries(headers).map((
+          [name, value],
+        ) => [name, String(Array.isArray(value) ? value.at(-1) : value)]);
+        records.push({ offset, key, value, headers: Object.fromEntries(texts) });
       }
       // A batch that compaction has emptied has no records, but offsets.
       if (next === from && Number(lastStableOffset) > from) next++;
       return { records, next };
+    },
+    end: (topic, partition) => offsetAt(topic, partition, { fromBeginning: false }),
+    async since(topic, partition, time) {
+      const found = await offsetAt(topic, partition, { fromTimestamp: Math.max(0, time.getTime()) });
+      // -1 stands for none.
+      return found < 0 ? await offsetAt(topic, partition, { fromBeginning: false }) : found;
     },
     async begin(transactionalId, timeoutMs) {
       try {

@@ -82,7 +82,8 @@ export function readKafka(label: string, url: string): KafkaUrl {
   const { rest, parameters } = read;
   const coded = "in user and password the characters / ? # @ : , % must be written as %2F %3F %23 %40 %3A %2C %25";
   const [, credentials, authority, path = ""] = /^\/\/(?:([^@/]*)@)?([^@/]+)(?:\/([^/]*))?$/.exec(rest) ?? [];
-  if (authority === undefined) {
+  // A slash in a password would make a path of its end: no topic has an @ in its name.
+  if (authority === undefined || path.includes("@")) {
     throw new UsageError(`${label}: write ${EXAMPLE}${rest.includes("@") ? `; ${coded}` : ""}`);
   }
   if (credentials !== undefined && (parameters.has("user") || parameters.has("password"))) {

@@ -7,6 +7,7 @@ import { type Outbox, relay, type RelayEvent, type RelayOptions, type RelayRepor
 import { relayShards, type ShardedOutbox } from "../adapters/shards.ts";
 import type { Command } from "./command.ts";
 import { effectiveConfig, relaysOf } from "./config.ts";
+import { confirmed } from "./cursor.ts";
 import { blaming, type Ends, openEnds, type Plan, planOf } from "./ends.ts";
 import { codeOf, reason, UsageError } from "./errors.ts";
 import type { Flags } from "./flags.ts";
@@ -62,6 +63,9 @@ function runOne(
     settleMs: flags.number("settle-ms"),
     pollMs: flags.number("poll-ms"),
     onPark: flags.text("on-park") as "block" | "skip" | undefined,
+    acceptSource: flags.on("accept-source")
+      ? (reason) => confirmed(flags, `${reason} What was delivered and is in the outbox again will be delivered again`)
+      : undefined,
   };
   return isSharded(source) ? runShards(options, source, observe) : relay(options);
 }
@@ -115,9 +119,11 @@ async function runShards(
 }
 
 /** A person says that a store that was restored, or copied, knows all that was done. */
-async function accept(flags: Flags, { databases }: Ends): Promise<void> {
+async function accept(flags: Flags, { databases, sink }: Plan & Ends): Promise<void> {
   const store = databases.at(-1)!;
+  // A sink with a position is asked about when it is known what differs.
   if (store.accept) await store.accept();
+  else if (sink.kind === "atomic") return;
   // A variable holds for all relays of a process, whatever their databases are.
   else if (flags.layer.get("accept-source")?.source === "flag") {
     throw new UsageError(`${flags.label("accept-source")} is for postgres:, mysql: and mariadb: databases`);
@@ -152,7 +158,7 @@ async function runRelays(command: Flags): Promise<number> {
   const opened: ((typeof plans)[number] & Ends)[] = [];
   for (const plan of plans) {
     const ends = await blaming(plans, plan.name, () => openEnds(plan.flags, databases, !drain));
-    if (plan.flags.on("accept-source")) await blaming(plans, plan.name, () => accept(plan.flags, ends));
+    if (plan.flags.on("accept-source")) await blaming(plans, plan.name, () => accept(plan.flags, { ...plan, ...ends }));
     plan.watch.open(ends);
     opened.push({ ...plan, ...ends });
   }

@@ -43,8 +43,9 @@ export const RELAY_FLAGS: FlagTable = {
   "accept-source": {
     kind: "switch",
     file: "none",
-    help: "the store was restored or copied, and knows all calls that were made: go on",
+    help: "the database was restored or copied: go on with what it knows; into kafka: asks first",
   },
+  yes: { kind: "switch", file: "none", help: "with --accept-source: do not ask" },
   "create-topics": { kind: "switch", help: "into kafka: create a topic that does not exist" },
   "allow-duplicates": { kind: "switch", help: "no claims: at-least-once" },
   listen: {
