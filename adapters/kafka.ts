@@ -79,6 +79,10 @@ export interface TopicOptions {
 export interface KafkaConnection {
   /** How many brokers there are. */
   brokers(): Promise<number>;
+  /** The oldest version of Kafka that its brokers may be, as far as their protocol tells: such as `4.0`. */
+  version(): Promise<string>;
+  /** How many brokers keep a partition. */
+  copies(topic: string, partition: number): Promise<number>;
   /** How many partitions a topic has, as far as is known since the last `refresh`; 0 if it does not exist. */
   partitions(topic: string): Promise<number>;
   /** Learns of new partitions and leaders. */
@@ -609,6 +613,15 @@ export interface KafkaCursor {
 
 /** What the operator's functions need to know of a sink. */
 export type KafkaCursorOptions = Pick<KafkaSinkOptions, "topic" | "cursorTopic" | "transactionTimeoutMs">;
+
+/** Where the position of a relay is, or will be. */
+export async function kafkaCursorPlace(
+  owner: PositionOwner,
+  options: Pick<KafkaSinkOptions, "cursorTopic"> = {},
+): Promise<{ readonly topic: string; readonly partition: number }> {
+  const { topic, partition } = await placeOf(owner, options.cursorTopic);
+  return { topic, partition };
+}
 
 /** Looks at a relay's position, without keeping the relay from its work. */
 export async function readKafkaCursor(

@@ -42,7 +42,8 @@ interface Cluster {
   addTargetTopic(topic: string): Promise<void>;
   refreshMetadata(): Promise<void>;
   getNodeIds(): readonly unknown[];
-  findTopicPartitionMetadata(topic: string): readonly unknown[];
+  findTopicPartitionMetadata(topic: string): readonly { readonly replicas: readonly number[] }[];
+  readonly brokerPool: { readonly versions: Readonly<Record<number, { readonly maxVersion: number }>> | null };
   findLeaderForPartitions(topic: string, partitions: readonly number[]): { readonly [leader: string]: readonly number[] };
   findBroker(node: { readonly nodeId: string }): Promise<Broker>;
   findControllerBroker(): Promise<Broker>;
@@ -571,6 +572,14 @@ async function openTransactions(
 
 // ------------------------------------------------------------------------------------------------------------- connection
 
+/** Since which version of Kafka a request has had a version: https://kafka.apache.org/protocol#protocol_messages */
+const VERSIONS: readonly (readonly [kafka: string, api: number, version: number])[] = [
+  ["4.0", 26, 5],
+  ["3.5", 24, 4],
+  ["2.5", 22, 3],
+  ["2.1", PRODUCE, PRODUCE_VERSION],
+];
+
 const READ_COMMITTED = 1;
 const FETCH_BYTES = 4_194_304;
 /** ConfigResource.Type of the protocol. */
@@ -629,6 +638,16 @@ async function openConnection(kafka: KafkajsKafka): Promise<KafkaConnection> {
     async brokers() {
       await load();
       return cluster.getNodeIds().length;
+    },
+    async version() {
+      await load();
+      const known = (api: number) => cluster.brokerPool.versions?.[api]?.maxVersion ?? -1;
+      const [version] = VERSIONS.find(([, api, max]) => known(api) >= max) ?? ["0.11"];
+      return version;
+    },
+    async copies(topic, partition) {
+      await partitions(topic);
+      return cluster.findTopicPartitionMetadata(topic)[partition]?.replicas.length ?? 0;
     },
     partitions,
     async refresh() {

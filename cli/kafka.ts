@@ -4,12 +4,13 @@
  * @module
  */
 import process from "node:process";
-import type { AtomicSink, CallSink } from "../mod.ts";
-import { type KafkaClient, type KafkaConnection, kafkaPlainSink, kafkaSink } from "../adapters/kafka.ts";
+import type { AtomicSink, CallSink, PositionOwner } from "../mod.ts";
+import { type KafkaClient, type KafkaConnection, kafkaCursorPlace, kafkaPlainSink, kafkaSink } from "../adapters/kafka.ts";
 import { kafkajs, type KafkajsKafka } from "../adapters/kafkajs.ts";
+import type { Check } from "./database.ts";
 import { codeOf, reason, UsageError } from "./errors.ts";
 import { need } from "./permissions.ts";
-import { CONNECT_MS, tlsOf } from "./server.ts";
+import { check, CONNECT_MS, tlsOf } from "./server.ts";
 import { choice, numberOf, onlyParameters, parts, type UrlParts } from "./url.ts";
 import { dereference } from "./variables.ts";
 
@@ -162,6 +163,56 @@ export function openKafkaSink(label: string, url: string, createTopics: boolean)
   const { name, topic, transactions, client, ...cursor } = readKafka(label, url);
   const options = { name, topic, createTopics };
   return transactions ? kafkaSink(client, { ...options, ...cursor }) : kafkaPlainSink(client, options);
+}
+
+/** What `doctor` finds of a relay's brokers and of its position. */
+export async function checkKafka(
+  kafka: KafkaUrl,
+  owners: readonly PositionOwner[],
+  leaseMs: number,
+): Promise<readonly Check[]> {
+  const { name, client, transactions, transactionTimeoutMs = 30_000 } = kafka;
+  const connection = await client.open();
+  try {
+    const brokers = await connection.brokers();
+    const version = await connection.version();
+    const able = `${brokers} broker${brokers === 1 ? "" : "s"}, whose protocol is that of Kafka ${version} or younger`;
+    const checks = [check(`${name} is a cluster that effectonce knows`, able, Number.parseFloat(version) >= 2.1)];
+    if (!transactions) return checks;
+    const what = `a transaction may take ${transactionTimeoutMs} ms, a silent relay's lease ${leaseMs} ms`;
+    const late = transactionTimeoutMs < leaseMs / 3 ? ": one that is slow loses its transaction before its lease" : "";
+    checks.push(check(`${name} ends what a dead relay has left open`, what + late, late === ""));
+    for (const owner of owners) {
+      const { topic, partition } = await kafkaCursorPlace(owner, kafka);
+      const which = `${name} keeps the position of ${
+        owner.shard && owner.shard.count > 1 ? `shard ${owner.shard.index}` : "the relay"
+      }`;
+      if (await connection.partitions(topic) <= partition) {
+        const copies = kafka.copies ?? Math.min(3, brokers);
+        checks.push(
+          check(
+            which,
+            `${topic} will be created, with ${copies} cop${copies === 1 ? "y" : "ies"}`,
+            copies > 1 || brokers === 1,
+          ),
+        );
+        continue;
+      }
+      const copies = await connection.copies(topic, partition);
+      const policy = await connection.setting(topic, "cleanup.policy") ?? "not to be seen by this user";
+      const inSync = await connection.setting(topic, "min.insync.replicas") ?? "?";
+      const unclean = await connection.setting(topic, "unclean.leader.election.enable");
+      const settings = `cleanup.policy = ${policy}, copies = ${copies}, min.insync.replicas = ${inSync}`;
+      const lossy = unclean === "true" ? ", unclean.leader.election.enable = true" : "";
+      const safe = policy !== "delete" && lossy === "" &&
+        (brokers === 1 || copies > 1 && Number(inSync) > 1 || brokers < 3 && copies > 1);
+      const alone = copies === 1 ? ": it is lost with its one broker" : "";
+      checks.push(check(which, `${topic}: ${settings}${lossy}${alone}`, safe));
+    }
+    return checks;
+  } finally {
+    await connection.close();
+  }
 }
 
 /** Makes sure that a relay may reach its brokers: those that it is told of, as the others are not known yet. */

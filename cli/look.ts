@@ -11,6 +11,7 @@ import { STATES } from "./effects.ts";
 import { blaming, openEnds, planOf } from "./ends.ts";
 import type { Flags } from "./flags.ts";
 import { print, seconds } from "./print.ts";
+import { checksOfTarget } from "./open.ts";
 import { RELAY_FLAGS } from "./relay_flags.ts";
 import { linesOf } from "./relays.ts";
 
@@ -44,7 +45,8 @@ async function diagnose(flags: Flags): Promise<Found> {
   const { sink } = planOf(flags);
   const { source, store, databases } = await openEnds(flags, closing);
   const promise = guarantee(source, sink, flags.on("allow-duplicates") ? undefined : store);
-  const checks = (await Promise.all(databases.map((database) => database.checks()))).flat();
+  const found = await Promise.all([...databases.map((database) => database.checks()), checksOfTarget(flags, source)]);
+  const checks = found.flat();
   const { level, protocol, reasons, conditions, stronger } = promise;
   const lines = (title: string, texts: readonly string[]) =>
     texts.length ? `${title}\n${texts.map((t) => `  ${t}\n`).join("")}` : "";

@@ -3,13 +3,13 @@
  *
  * @module
  */
-import type { AtomicSink, CallSink } from "../mod.ts";
+import type { AtomicSink, CallSink, Outbox } from "../mod.ts";
 import { fileSink, stdoutSink } from "../adapters/file.ts";
 import { httpSink } from "../adapters/http.ts";
 import { sqliteSchema } from "../adapters/sqlite.ts";
-import type { Database, OpenOptions } from "./database.ts";
+import type { Check, Database, OpenOptions } from "./database.ts";
 import { reason, UsageError } from "./errors.ts";
-import { openKafkaSink, permitKafka } from "./kafka.ts";
+import { checkKafka, openKafkaSink, permitKafka, readKafka } from "./kafka.ts";
 import type { Flags } from "./flags.ts";
 import { maskedUrl } from "./mask.ts";
 import { mysqlSchemaOf, openMysql } from "./mysql.ts";
@@ -113,6 +113,15 @@ export function openSink(flags: Flags): CallSink | AtomicSink {
         `${to}: "${scheme}:" is not a target that effectonce knows: use kafka:, http:, https:, file: or stdout:`,
       );
   }
+}
+
+/** What `doctor` finds of a relay's target. */
+export async function checksOfTarget(flags: Flags, outbox: Outbox): Promise<readonly Check[]> {
+  const url = flags.url("to")!;
+  if (parts(flags.label("to"), url).scheme !== "kafka") return [];
+  permitTarget(flags);
+  const owners = (await outbox.sealed(flags.text("name")!)).map(({ owner }) => owner);
+  return await checkKafka(readKafka(flags.label("to"), url), owners, flags.number("lease-ms")!);
 }
 
 function blaming(label: string, run: () => unknown): void {
