@@ -1199,6 +1199,13 @@ export interface SourceOptions {
   readonly onPark: "block" | "skip";
   /** How long the source may take a silent relay for alive, in milliseconds. */
   readonly leaseMs: number;
+  /**
+   * Whether to refuse a database that was restored or copied since, where that can be seen: the sink is one in which a copy would
+   * shut out the original.
+   *
+   * @default {false}
+   */
+  readonly original?: boolean;
 }
 
 /** Where messages come from. */
@@ -1210,7 +1217,8 @@ export interface Source {
   /**
    * Registers a relay.
    *
-   * @throws {EffectError} `source_invalid` if a relay of another name has overlapping topics, or the source is unusable.
+   * @throws {EffectError} `source_invalid` if a relay of another name has overlapping topics, or the source is unusable;
+   * `diverged` if it is not the original.
    */
   open(options: SourceOptions): Promise<SourceSession>;
 }
@@ -1403,6 +1411,12 @@ export interface AtomicSink {
    */
   readonly batch?: number;
   /**
+   * What its promise rests on besides.
+   *
+   * @default {[]}
+   */
+  readonly conditions?: readonly string[];
+  /**
    * Whether `open` always succeeds, and shuts out whoever had the sink before.
    *
    * @default {false} It is refused while another one has the sink.
@@ -1517,6 +1531,7 @@ export function guarantee(from: Source, to: Sink, store?: ClaimStore): Guarantee
       conditions: [
         "the source's commits are durable (doctor looks)",
         "nobody but relays of this name writes the sink's position",
+        ...to.conditions ?? [],
       ],
       stronger: [],
     };
@@ -2307,7 +2322,8 @@ export async function relay(options: RelayOptions): Promise<RelayReport> {
 
   const source = await insist(
     runtime,
-    () => from.open({ relay: name, protocol: promise.protocol, onPark, leaseMs }),
+    () =>
+      from.open({ relay: name, protocol: promise.protocol, onPark, leaseMs, original: to.kind === "atomic" && to.fences }),
     (error, _, afterMs) => !drain && passes(error, afterMs) && !stopped(),
   );
   emit({ type: "started", relay: name, from: from.name, to: to.name, guarantee: promise });

@@ -513,6 +513,7 @@ export function kafkaSink(client: KafkaClient, options: KafkaSinkOptions = {}): 
     kind: "atomic",
     name,
     batch: 1000,
+    conditions: ["who reads the topics does so at isolation.level=read_committed", "the cursor topic is not deleted"],
     fences: true,
     async open(owner) {
       const place = await placeOf(owner, options.cursorTopic);

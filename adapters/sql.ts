@@ -714,6 +714,30 @@ export async function acceptPlace(server: Pick<SqlServer<unknown>, "dialect" | "
   await run(`insert into ${meta} (name, value) values ('place', ?)`, [place]);
 }
 
+const FORGOTTEN =
+  "what was done after that is not known there, and would be done again. Once you have made sure that nothing " +
+  "was, tell it so: relay --accept-source";
+const COPIED =
+  "its relay would go on where that of the original does, and shut it out. If this is the original, or has taken its " +
+  "place, tell it so: relay --accept-source. A copy goes on under another relay name";
+
+/** Refuses tables that were restored or copied, unless somebody has accepted them; `why`: what would happen otherwise. */
+async function checkPlace<Client>(
+  server: Pick<SqlServer<Client>, "name" | "dialect" | "tables" | "run" | "write">,
+  why: string,
+): Promise<void> {
+  const { name, tables, run, write } = server;
+  const place = await placeOf(server, run);
+  const known = `select value from ${tables.meta} where name = 'place'`;
+  let [stored] = await run(known);
+  if (!stored) {
+    await write(({ run }) => notePlace(server, run));
+    [stored] = await run(known);
+  }
+  if (textOf(stored!["value"]) === place) return;
+  throw new EffectError("diverged", `${name} was restored from a backup, or copied: ${why}`);
+}
+
 /** The same server, whose tables are looked at before they are used for the first time. */
 function checked<Client>(server: SqlServer<Client>): SqlServer<Client> {
   const { name, tables } = server;
@@ -746,22 +770,6 @@ export function sqlStore<Client>(unchecked: SqlServer<Client>): EffectStore<Clie
   const { effects: table } = tables;
   const columns = COLUMNS.join(", ");
   let placed: Promise<void> | undefined;
-  /** Claims of what must not be repeated are worth nothing where later ones have been forgotten. */
-  async function checkPlace(): Promise<void> {
-    const place = await placeOf(server, run);
-    const known = `select value from ${tables.meta} where name = 'place'`;
-    let [stored] = await run(known);
-    if (!stored) {
-      await write(({ run }) => notePlace(server, run));
-      [stored] = await run(known);
-    }
-    if (textOf(stored!["value"]) === place) return;
-    throw new EffectError(
-      "diverged",
-      `${name} was restored from a backup, or copied: what was done after that is not known there, and would be done again. ` +
-        `Once you have made sure that nothing was, tell it so: relay --accept-source`,
-    );
-  }
   /** Tokens of claims that nobody was told of, since the server was away for too long: they are nobody's, and not begun. */
   const untold = new Set<number>();
   const claims = claimStore({
@@ -912,7 +920,8 @@ export function sqlStore<Client>(unchecked: SqlServer<Client>): EffectStore<Clie
 
   async function claimAll(all: Parameters<ClaimStore["claimAll"]>[0]): Promise<readonly Claim[]> {
     if (all.some(({ repeatWithinMs }) => repeatWithinMs === undefined)) {
-      await (placed ??= checkPlace().catch((error: unknown) => {
+      // Claims of what must not be repeated are worth nothing where later ones have been forgotten.
+      await (placed ??= checkPlace(server, FORGOTTEN).catch((error: unknown) => {
         placed = undefined;
         throw error;
       }));
@@ -1004,8 +1013,9 @@ interface Pending {
 }
 
 /** The outbox of a server as a source, for the relays and for operators. */
-export function sqlOutbox(server: SqlServer<never>, options: SqlOutboxOptions = {}): ShardedOutbox {
-  const { name, dialect, tables, run, write, listen } = checked(server);
+export function sqlOutbox(unchecked: SqlServer<never>, options: SqlOutboxOptions = {}): ShardedOutbox {
+  const server = checked(unchecked);
+  const { name, dialect, tables, run, write, listen } = server;
   const { clock } = dialect;
   const { outbox, columns: c } = tables;
   const { keep = false } = options;
@@ -1248,7 +1258,8 @@ export function sqlOutbox(server: SqlServer<never>, options: SqlOutboxOptions = 
     });
     return { ...batch, messages };
   }
-  async function openSession({ relay, protocol, onPark, leaseMs }: SourceOptions, { shard, member }: Part) {
+  async function openSession({ relay, protocol, onPark, leaseMs, original }: SourceOptions, { shard, member }: Part) {
+    if (original) await checkPlace(server, COPIED);
     const { count, generation } = await readShards({ run });
     if (member === undefined && count > 1) {
       throw new EffectError("source_invalid", `${name} has ${count} shards: relay it by relayShards(), or the command line`);

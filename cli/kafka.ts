@@ -215,7 +215,13 @@ export async function checkKafka(
   }
 }
 
+/** What kafkajs reads, whatever it is told. */
+const VARIABLES = [
+  ...["NODE_ENV", "KAFKAJS_LOG_LEVEL", "KAFKAJS_DEBUG_PROTOCOL_BUFFERS", "KAFKAJS_DEBUG_EXTENDED_PROTOCOL_BUFFERS"],
+];
+
 /** Makes sure that a relay may reach its brokers: those that it is told of, as the others are not known yet. */
 export function permitKafka(label: string, url: string): void {
-  need(label, ...readKafka(label, url).brokers.map((host) => ({ name: "net", host }) as const));
+  const net = readKafka(label, url).brokers.map((host) => ({ name: "net", host }) as const);
+  need(label, ...net, ...VARIABLES.map((variable) => ({ name: "env", variable }) as const));
 }

@@ -105,6 +105,9 @@ export function showRelays({ relays, json, messagesOnStdout, drain, gone }: Show
       case "repaired":
         line(`repaired: the source had lost ${event.batches} delivered batches (${event.ids.length} messages)`);
         break;
+      case "accepted":
+        line(`accepted: goes on behind batch ${event.n}`);
+        break;
       case "stopped": {
         const find = `effects list ${relays.find(({ name }) => name === event.relay)!.advice} --state`;
         line(

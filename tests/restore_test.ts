@@ -1,7 +1,7 @@
 /** A database that was restored, or copied: what it does not know any more must not be done again unnoticed. */
 import { assertEquals, assertRejects } from "@std/assert";
 import { memorySink } from "../adapters/memory.ts";
-import { EffectError, relay } from "../mod.ts";
+import { type AtomicSink, EffectError, relay } from "../mod.ts";
 import { onServers, type TestDatabase } from "./servers/servers.ts";
 
 /** Puts other tables with the same rows in the place of all, as an older dump does. */
@@ -49,4 +49,19 @@ onServers("a restored database is noticed before anything is done that must not 
   await migrate({ accept: true });
   assertEquals((await again.claim({ ...key, key: "order-2" }, { leaseMs: 1000 })).state, "claimed");
   await relay({ from: outbox(), to, store: store(), drain: true });
+});
+
+onServers("a copied database is refused by a relay into a sink that would shut out the original's", async (db, kind) => {
+  const { outbox, migrate, store } = db.program();
+  await store().transaction((effects) => effects.enqueue({ id: "m1", topic: "orders", value: 1 }));
+  await restored(db, kind);
+  let opened = 0;
+  const to: AtomicSink = {
+    ...{ kind: "atomic", name: "a log", fences: true },
+    open: () => Promise.resolve({ ring: [], commit: () => (opened++, Promise.resolve()), close: () => Promise.resolve() }),
+  };
+  const error = await assertRejects(() => relay({ from: outbox(), to, drain: true }), EffectError);
+  assertEquals([error.code, opened], ["diverged", 0]);
+  await migrate({ accept: true });
+  assertEquals((await relay({ from: outbox(), to, drain: true })).delivered, 1);
 });
