@@ -1358,7 +1358,10 @@ export interface SourceSession {
     readonly waitMs: number | null;
     readonly repaired: readonly Position[];
   }>;
-  /** Takes apart the batches that are not committed, and parks messages. Only while nothing is on its way. */
+  /**
+   * Takes apart the batches that are not committed, and parks messages, but for those that are parked already. Only while nothing
+   * is on its way.
+   */
   unseal(ring: readonly Position[], parks: readonly Park[]): Promise<void>;
   /**
    * Resolves after `ms` milliseconds, at once when the signal fires, or when there may be new messages: for sources that are

@@ -30,8 +30,10 @@ import {
   type Message,
   type Position,
   type PositionOwner,
+  realRuntime,
   refusedMessage,
   rejected,
+  type Runtime,
 } from "../mod.ts";
 import { checkAdvance } from "./shared.ts";
 
@@ -188,6 +190,8 @@ export interface KafkaSinkOptions {
    * @default {"effectonce"}
    */
   readonly source?: string;
+  /** Time and randomness. */
+  readonly runtime?: Pick<Runtime, "now" | "random">;
 }
 
 // ---------------------------------------------------------------------------------------------------------------- records
@@ -232,12 +236,12 @@ const encoder = new TextEncoder();
 
 /** Where the messages of a sink go: topics, partitions, headers, and what a topic takes. */
 function createRecords(connection: KafkaConnection, name: string, options: KafkaSinkOptions) {
-  const { topic: fixed, createTopics = false, source = "effectonce" } = options;
+  const { topic: fixed, createTopics = false, source = "effectonce", runtime = realRuntime } = options;
   const known = new Map<string, { readonly partitions: number; readonly maxBytes: number }>();
   const limits = new Map<string, number>();
-  let knownUntil = performance.now() + METADATA_MS;
+  let knownUntil = runtime.now() + METADATA_MS;
   /** Messages without a key go together, to one partition after the other. */
-  let turn = Math.floor(Math.random() * 1024);
+  let turn = Math.floor(runtime.random() * 1024);
 
   async function find(topic: string) {
     const found = known.get(topic);
@@ -258,10 +262,10 @@ function createRecords(connection: KafkaConnection, name: string, options: Kafka
     /** Before the next batch. */
     async next(): Promise<void> {
       turn++;
-      if (performance.now() < knownUntil) return;
+      if (runtime.now() < knownUntil) return;
       await connection.refresh();
       known.clear();
-      knownUntil = performance.now() + METADATA_MS;
+      knownUntil = runtime.now() + METADATA_MS;
     },
     /**
      * The record of a message.
@@ -412,7 +416,7 @@ async function readUpTo(
   owner: PositionOwner,
   from: number,
   mark: { readonly opened: string; readonly offset: number },
-  deadline: number,
+  late: () => boolean,
 ): Promise<readonly CursorRecord[]> {
   const found: CursorRecord[] = [];
   for (let next = from;;) {
@@ -425,7 +429,7 @@ async function readUpTo(
       else if (record.opened === mark.opened) return found;
     }
     if (next > mark.offset) throw new Error(`What was just written to ${topic} is not there: was it emptied meanwhile?`);
-    if (performance.now() > deadline) {
+    if (late()) {
       throw new Error(`What was just written to ${topic} cannot be read: an earlier transaction there stays open`);
     }
   }
@@ -446,11 +450,13 @@ async function readRing(
   owner: PositionOwner,
   mark: { readonly opened: string; readonly offset: number },
   waitMs: number,
+  { now }: Pick<Runtime, "now">,
 ): Promise<readonly CursorRecord[]> {
-  const deadline = performance.now() + waitMs;
+  const deadline = now() + waitMs;
+  const late = () => now() > deadline;
   for (let wanted = FIRST_LOOK;; wanted *= 4) {
     const from = Math.max(0, mark.offset - wanted);
-    const ring = chainOf(await readUpTo(connection, place, owner, from, mark, deadline));
+    const ring = chainOf(await readUpTo(connection, place, owner, from, mark, late));
     const rows = ring.reduce((sum, position) => sum + position.rows.length, 0);
     if (from === 0 || ring.length >= RING || rows >= RING_ROWS) return ring;
   }
@@ -552,7 +558,7 @@ async function openSession(
   const marked = await transactions.send([toCursor(MARK, { opened, relay, source })]);
   await transactions.commit();
   const mark = { opened, offset: marked.offsetOf(topic, partition) ?? 0 };
-  const ring = await readRing(connection, place, owner, mark, 2 * transactionTimeoutMs);
+  const ring = await readRing(connection, place, owner, mark, 2 * transactionTimeoutMs, options.runtime ?? realRuntime);
 
   const { next, record, portions, tooLarge } = createRecords(connection, name, options);
   let last: Position | undefined = ring.at(-1);

@@ -442,7 +442,7 @@ export function memoryOutbox(store: MemoryStore, options: OutboxOptions = {}): O
             const { settle } = settlePlan(shard(), shard().batches, ring);
             settleRows(settle);
             memory.state.shards.set(relay, { ...settledShard(ring.at(-1) ?? START), batches: [] });
-            parkRows(parks);
+            parkRows(parks.filter(({ message }) => find(message.id)?.state !== "parked"));
           }),
         adopt: (ring) =>
           turns(() => {

@@ -1524,7 +1524,12 @@ export function sqlOutbox(unchecked: SqlServer<never>, options: SqlOutboxOptions
           const { before } = await settleUpTo(transaction, ring);
           await transaction.run(`delete from ${tables.batches} where ${shardRow}`, owner);
           await writeShard(transaction, before, settledShard(ring.at(-1) ?? START));
-          await setAside(transaction, parks, onPark);
+          // What another relay has parked meanwhile stays parked: this one may be the one that is late.
+          const fresh: Park[] = [];
+          for (const park of parks) {
+            if ((await find(transaction, park.message.id))?.state !== "parked") fresh.push(park);
+          }
+          await setAside(transaction, fresh, onPark);
           cache.clear();
         }),
       adopt: (ring) =>

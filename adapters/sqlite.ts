@@ -1014,13 +1014,15 @@ export function sqliteOutbox(client: SqliteClient, options: SqliteOutboxOptions 
 
     const readShard = () => shardOf(relay);
     const readBatches = () => batchesOf(relay);
+    /** These rows, and no others that carry their numbers, have left the outbox. */
+    function settleRows(rows: Position["rows"]): void {
+      for (const [seq, id] of rows) unblockAll(remove(`seq = cast(? as integer) and id = ?`, seq, id), onPark);
+    }
     /** Steps a to d of the protocol, under the lock: what the sink has committed is deleted, and forks are repaired. */
     function settleUpTo(ring: readonly Position[]) {
       const before = readShard();
       const plan = settlePlan(before, readBatches(), ring);
-      for (const [seq, id] of plan.settle) {
-        unblockAll(remove(`seq = cast(? as integer) and id = ?`, seq, id), onPark);
-      }
+      settleRows(plan.settle);
       prepare(`delete from effectonce_batches where relay = ? and shard = 0 and (? or n <= ?)`)
         .run(relay, plan.repaired.length > 0 ? 1 : 0, plan.shard.settled);
       return { before, ...plan };
@@ -1034,6 +1036,7 @@ export function sqliteOutbox(client: SqliteClient, options: SqliteOutboxOptions 
     }
     const SEALED = ` and o.seq not in (select cast(json_extract(r.value, '$[0]') as integer)
       from effectonce_batches b, json_each(b.rows) r where b.relay = ? and b.shard = 0)`;
+    const PARKED = `select 1 from effectonce_outbox where id = ? and state = 'parked'`;
     const session: SourceSession = {
       id,
       inherited,
@@ -1102,14 +1105,13 @@ export function sqliteOutbox(client: SqliteClient, options: SqliteOutboxOptions 
           prepare(`delete from effectonce_batches where relay = ? and shard = 0`).run(relay);
           writeShard(before, settledShard(ring.at(-1) ?? START));
           cache.clear();
-          setAside(parks, onPark);
+          // What another relay has parked meanwhile stays parked: this one may be the one that is late.
+          setAside(parks.filter(({ message: { id } }) => !prepare(PARKED).get(id)), onPark);
         }),
       adopt: (ring) =>
         write(() => {
           const before = readShard();
-          for (const [seq, id] of ring.flatMap(({ rows }) => rows)) {
-            unblockAll(remove(`seq = cast(? as integer) and id = ?`, seq, id), onPark);
-          }
+          settleRows(ring.flatMap(({ rows }) => rows));
           prepare(`delete from effectonce_batches where relay = ? and shard = 0`).run(relay);
           writeShard(before, settledShard(ring.at(-1) ?? START));
           cache.clear();

@@ -28,6 +28,9 @@ const core = (name: string, from: string, to: string, harmless?: string): Mutant
 const shared = (name: string, from: string, to: string): Mutant => ({ name, file: "adapters/shared.ts", from, to });
 const memory = (name: string, from: string, to: string): Mutant => ({ name, file: "adapters/memory.ts", from, to });
 const sqlite = (name: string, from: string, to: string): Mutant => ({ name, file: "adapters/sqlite.ts", from, to });
+const kafka = (name: string, from: string, to: string, harmless?: string): Mutant => {
+  return { name, file: "adapters/kafka.ts", from, to, harmless };
+};
 const file = (name: string, from: string, to: string): Mutant => ({ name, file: "adapters/file.ts", from, to });
 
 /** All of them. */
@@ -254,6 +257,75 @@ export const mutants: readonly Mutant[] = [
     "what was held back is never freed",
     `state = 'blocked' and key = ?\${mine}\${before.join("")} order`,
     `state = 'nothing' and key = ?\${mine}\${before.join("")} order`,
+  ),
+  // Into Kafka.
+  core(
+    "a batch is published that does not follow on the cursor",
+    `sealed.batches.find(({ n, prev }) => n === cursor.n + 1 && prev === cursor.uid)`,
+    `sealed.batches.find(({ n }) => n > cursor.n)`,
+    "the sink compares the batch with what it has committed last: two walls",
+  ),
+  core(
+    "a cursor that is behind what was settled counts",
+    `if (cursor.n < floor) {`,
+    `if (false) {`,
+    "the source says that it was overtaken: two walls, until a cursor is really lost",
+  ),
+  core(
+    "a relay goes on with its old session after a commit whose outcome is not known",
+    `if (!(error instanceof Error && REFUSED in error)) throw error;`,
+    `if (!(error instanceof Error && REFUSED in error)) { sealed = await seal(); fresh = true; continue; }`,
+  ),
+  kafka(
+    "a relay reads its cursor before it has shut out the one before",
+    `  const transactions = await connection.begin(\`effectonce-\${source}-\${relay}\`, transactionTimeoutMs);
+  const opened = crypto.randomUUID();
+  const marked = await transactions.send([toCursor(MARK, { opened, relay, source })]);
+  await transactions.commit();
+  const mark = { opened, offset: marked.offsetOf(topic, partition) ?? 0 };
+  const ring = await readRing(connection, place, owner, mark, 2 * transactionTimeoutMs, options.runtime ?? realRuntime);`,
+    `  const ring: CursorRecord[] = [];
+  for (let at = 0, before = -1; at !== before;) {
+    const { records, next } = await connection.read(topic, partition, before = at);
+    at = next;
+    for (const { value } of records) {
+      const record = parseRecord(topic, value);
+      if ("uid" in record) ring.push(record);
+    }
+  }
+  const transactions = await connection.begin(\`effectonce-\${source}-\${relay}\`, transactionTimeoutMs);
+  const opened = crypto.randomUUID();
+  const marked = await transactions.send([toCursor(MARK, { opened, relay, source })]);
+  await transactions.commit();
+  const mark = { opened, offset: marked.offsetOf(topic, partition) ?? 0 };`,
+  ),
+  kafka(
+    "a relay does not wait for its mark",
+    `if (next > mark.offset) throw`,
+    `if (answer.records.length === 0) return found; if (next > mark.offset) throw`,
+  ),
+  kafka(
+    "the position is committed apart from its records, before them",
+    `for (const portion of toSend) {`,
+    `const cursor = toSend.at(-1)!.pop()!; await transactions.send([cursor]); await transactions.commit();
+      for (const portion of toSend) {`,
+  ),
+  kafka(
+    "the records are committed apart from their position, before it",
+    `for (const portion of toSend) {`,
+    `const cursor = toSend.at(-1)!.pop()!; toSend.push([cursor]); await transactions.send(toSend.shift()!); await transactions.commit();
+      for (const portion of toSend) {`,
+  ),
+  kafka(
+    "every relay has a transactional id of its own",
+    "await connection.begin(`effectonce-${source}-${relay}`, transactionTimeoutMs);\n  const opened",
+    "await connection.begin(`effectonce-${source}-${relay}-${crypto.randomUUID()}`, transactionTimeoutMs);\n  const opened",
+  ),
+  kafka(
+    "the sink does not compare a batch with its position",
+    `checkAdvance(last, batch);`,
+    ``,
+    "the relay hands it only what follows on the cursor: two walls",
   ),
   file("a torn write stays where it is", `if (!content.spoilt) await cut();`, `end = size;`),
   file("a batch counts by its position line alone", `if (line && last && await verify(last, at)) {`, `if (line && last) {`),

@@ -24,9 +24,11 @@ import {
   type Source,
 } from "../../mod.ts";
 import { fileSink, parseLine } from "../../adapters/file.ts";
+import { kafkaSink } from "../../adapters/kafka.ts";
 import { memoryOutbox, memoryStore } from "../../adapters/memory.ts";
 import { checkAdvance } from "../../adapters/shared.ts";
 import { migrateSqlite, type SqliteClient, sqliteOutbox, sqliteStore } from "../../adapters/sqlite.ts";
+import { Cluster, modelClient } from "./kafka.ts";
 import { type Faults, Process, Simulation, tameCrypto } from "./scheduler.ts";
 import { callSink, remoteStore, Rows, type RowView, Target, type TargetFaults, wrongChange } from "./world.ts";
 
@@ -214,10 +216,12 @@ const KINDS = {
   "once same-key": 8,
   "sealed": 16,
   "handler": 6,
+  "kafka": 16,
   "sqlite claimed never": 1,
   "sqlite claimed same-key": 1,
   "sqlite sealed": 4,
   "sqlite sealed into a file": 2,
+  "sqlite kafka": 2,
 } as const;
 
 /** What a seed is about. */
@@ -360,7 +364,8 @@ function plan(simulation: Simulation): readonly Planned[] {
 
 async function playRelays(simulation: Simulation, kind: Kind, folder: string): Promise<void> {
   const onFile = kind.endsWith("file");
-  const atomic = kind.includes("sealed") || kind === "handler";
+  const onKafka = kind.includes("kafka");
+  const atomic = kind.includes("sealed") || kind === "handler" || onKafka;
   const storage = kind.startsWith("sqlite") ? await sqliteStorage(simulation) : memoryStorage(simulation);
   const times = kind.endsWith("same-key") ? TIGHT : TIMES;
   const faults = chooseFaults(simulation, times.pauseMs, kind === "plain" && simulation.chance(0.5));
@@ -412,6 +417,13 @@ async function playRelays(simulation: Simulation, kind: Kind, folder: string): P
     },
     simulation.chance(0.5) ? { key: ({ id }) => id } : {},
   );
+  const cluster = new Cluster(simulation, ["orders"], ({ topic, value }) => {
+    if (topic !== "orders") return;
+    const id = new TextDecoder().decode(value ?? undefined);
+    records.push(id);
+    simulation.log(() => `RECORD ${id}`);
+  });
+  const transactionTimeoutMs = simulation.between(1000, 4000);
   const delivered = (): readonly string[] => {
     if (kind === "handler") return table.outbox().map(({ id }) => id);
     if (onFile) return committed(path);
@@ -420,6 +432,9 @@ async function playRelays(simulation: Simulation, kind: Kind, folder: string): P
 
   function sinkOf(process: Process): Sink {
     if (onFile) return fileOf(simulation, process, path, recount);
+    if (onKafka) {
+      return kafkaSink(modelClient(process, cluster, faults.calls), { transactionTimeoutMs, runtime: process.runtime });
+    }
     if (kind === "handler") return remoteSink(process, writes, faults.calls);
     if (atomic) return remoteSink(process, log, faults.calls);
     return callSink(
@@ -459,8 +474,20 @@ async function playRelays(simulation: Simulation, kind: Kind, folder: string): P
     simulation.at(simulation.between(0, 4000), () => {
       enqueued.push(id);
       simulation.log(() => `enqueued ${id} of key ${key}`);
-      simulation.outside(() => storage.enqueue({ id, topic: "orders", key, value: id }));
+      // What Kafka has no topic for is refused.
+      const topic = onKafka && poison.has(id) ? "nowhere" : "orders";
+      simulation.outside(() => storage.enqueue({ id, topic, key, value: id }));
     });
+  }
+  if (onKafka) {
+    for (let times = simulation.between(0, 3); times > 0; times--) {
+      simulation.at(simulation.between(0, 8000), () => {
+        for (const place of cluster.places()) {
+          if (simulation.chance(0.5)) cluster.compact(place);
+          else cluster.disturb(place, simulation.between(100, 1500));
+        }
+      });
+    }
   }
   if (atomic && simulation.chance(0.5)) {
     // Each return abandons what happened since its snapshot, and the snapshots of that time with it.
