@@ -1360,31 +1360,30 @@ export function sqlOutbox(unchecked: SqlServer<never>, options: SqlOutboxOptions
       });
 
     const readBatches = ({ run }: Pick<Transaction, "run">) => batchesOf(run, owner, shard);
-    const rowsNow = (rows: Position["rows"]): Statement => ({
-      sql: `${c.seq} in (${numbers(rows.map(([seq]) => seq))})
-        and (${rows.map(([seq]) => `${c.seq} = ${seq} and ${c.id} = ?`).join(" or ")})`,
-      values: rows.map(([, id]) => id),
-    });
-    /** These rows, and no others that carry their numbers, have left the outbox. */
-    async function settleRows(transaction: Transaction, rows: Position["rows"]): Promise<void> {
+    /**
+     * These rows, and no others that carry their numbers, have left the outbox. By two lists: a comparison of each pair would take a
+     * planner longer than the rest.
+     */
+    async function settleRows(transaction: Transaction, rows: Position["rows"], { blocked }: Look): Promise<void> {
+      const { run } = transaction;
       for (const portion of portions(rows)) {
-        const { sql, values } = rowsNow(portion);
-        const keys = await transaction.run(`select distinct ${c.key} as message_key from ${outbox} where ${sql}`, values);
-        await remove(transaction, sql, values);
-        await unblock(transaction, keys.map((row) => optionalText(row["message_key"])), onPark);
+        const sql = `${c.seq} in (${numbers(portion.map(([seq]) => seq))}) and ${c.id} in (${list(portion.length)})`;
+        const ids = portion.map(([, id]) => id);
+        const keys = blocked ? await run(`select distinct ${c.key} as message_key from ${outbox} where ${sql}`, ids) : [];
+        await remove(transaction, sql, ids);
+        if (blocked) await unblock(transaction, keys.map((row) => optionalText(row["message_key"])), onPark);
       }
     }
     /** Steps a to d of the protocol, under the lock: what the sink has committed is deleted, and forks are repaired. */
-    async function settleUpTo(transaction: Transaction, ring: readonly Position[]) {
+    async function settleUpTo(transaction: Transaction, ring: readonly Position[], seen: Look) {
       const { run } = transaction;
-      const before = await shardOf(run, owner, shard);
-      const plan = settlePlan(before, await readBatches(transaction), ring);
-      await settleRows(transaction, plan.settle);
+      const plan = settlePlan(seen.shard, await readBatches(transaction), ring);
+      await settleRows(transaction, plan.settle, seen);
       if (plan.repaired.length > 0 || plan.settle.length > 0) {
         const upTo = plan.repaired.length > 0 ? "" : ` and n <= ${plan.shard.settled}`;
         await run(`delete from ${tables.batches} where ${shardRow}${upTo}`, owner);
       }
-      return { before, ...plan };
+      return plan;
     }
     async function writeShard({ run }: Transaction, { sealed }: Shard, next: Shard): Promise<void> {
       await run(
@@ -1393,26 +1392,43 @@ export function sqlOutbox(unchecked: SqlServer<never>, options: SqlOutboxOptions
         [next.sealed, next.sealedUid, next.settled, next.settledUid, ...owner, sealed],
       );
     }
+    /** How everything stands, in one statement: there are many batches, and each has its round trips. */
+    const LOOK = `select ${registered} as ours, ${holds} as held, ${waitMs} as wait_ms, s.relay as known,
+      exists (select 1 from ${outbox} o where o.${c.state} = 'blocked') as blocked,
+      exists (select 1 from ${outbox} o where o.${c.state} = 'pending'${among(topics, "o.")}${only}) as pending,
+      s.sealed, s.sealed_uid, s.settled, s.settled_uid
+      from (select 1 as one) p left join ${tables.shards} s on s.relay = ? and s.shard = ${shard}`;
+    async function look({ run }: Pick<Transaction, "run">) {
+      const [row] = await run(LOOK, [...holder, ...owner]);
+      if (!isTrue(row!["held"])) throw overtaken();
+      return {
+        ours: isTrue(row!["ours"]),
+        known: row!["known"] !== null,
+        blocked: isTrue(row!["blocked"]),
+        pending: isTrue(row!["pending"]),
+        waitMs: toWait(row!),
+        shard: toShard(row),
+      };
+    }
+    type Look = Awaited<ReturnType<typeof look>>;
     /** Under the shard's lock; where the shard's row or the registration is gone, they come back first. */
-    function locked<T>(change: (transaction: Transaction) => Promise<T>): Promise<T> {
+    function locked<T>(change: (transaction: Transaction, seen: Look) => Promise<T>): Promise<T> {
       return write(async (transaction) => {
-        const [row] = await transaction.run(
-          `select ${registered} as ours, ${holds} as held,
-            (select count(*) from ${tables.shards} where ${shardRow}) as shards`,
-          [...holder, ...owner],
-        );
-        if (!isTrue(row!["held"])) throw overtaken();
-        if (!isTrue(row!["ours"]) || Number(row!["shards"]) === 0) {
+        let seen = await look(transaction);
+        if (!seen.ours || !seen.known) {
           await transaction.run(LOCK_META.sql);
           await register(transaction);
+          seen = await look(transaction);
         }
-        return await change(transaction);
+        return await change(transaction, seen);
       }, lock);
     }
 
     const over = new AbortController();
     /** Fires when there may be something that the last look did not see. */
     let bell = new AbortController();
+    /** Whether the last look found work. */
+    let busy = false;
     listen?.(() => bell.abort(), over.signal);
     const session: SourceSession = {
       id,
@@ -1468,28 +1484,23 @@ export function sqlOutbox(unchecked: SqlServer<never>, options: SqlOutboxOptions
       async seal(ring, limits) {
         const cursor = ring.at(-1) ?? START;
         if (bell.signal.aborted) bell = new AbortController();
-        // A look first: an idle relay writes nothing.
-        const [look] = await run(
-          `select ${waitMs} as wait_ms, ${registered} as ours, s.sealed, s.sealed_uid, s.settled, s.settled_uid,
-            exists (select 1 from ${outbox} o where o.${c.state} = 'pending'${among(topics, "o.")}${only}) as pending,
-            ${holds} as held
-            from (select 1 as one) p left join ${tables.shards} s on s.relay = ? and s.shard = ${shard}`,
-          [...holder, ...owner],
-        );
-        if (!isTrue(look!["held"])) throw overtaken();
-        const { sealed, settled, settledUid } = toShard(look);
-        const wait = toWait(look!);
-        const quiet = settled === cursor.n && settledUid === cursor.uid && sealed === cursor.n;
-        if (quiet && isTrue(look!["ours"]) && !isTrue(look!["pending"]) && (wait === null || wait > 0)) {
-          return { batches: [], waitMs: wait, repaired: [] };
+        // A look first: an idle relay writes nothing. Where the last one found work there is more of it.
+        if (!busy) {
+          const { shard: { settled, settledUid, sealed }, ours, pending, waitMs } = await look({ run });
+          const quiet = settled === cursor.n && settledUid === cursor.uid && sealed === cursor.n;
+          if (quiet && ours && !pending && (waitMs === null || waitMs > 0)) return { batches: [], waitMs, repaired: [] };
         }
-        return await locked(async (transaction) => {
-          const { before, shard: settled, remaining, repaired } = await settleUpTo(transaction, ring);
+        return await locked(async (transaction, seen) => {
+          const { shard: settled, remaining, repaired } = await settleUpTo(transaction, ring, seen);
+          let { waitMs } = seen;
           let next = settled;
           const batches = [...remaining];
           const fresh = new Map<string, Batch>();
           if (batches.length < 2) {
-            await wake(transaction);
+            if (waitMs !== null && waitMs <= 0) {
+              await wake(transaction);
+              ({ waitMs } = await look(transaction));
+            }
             const sealed = remaining.flatMap(({ rows }) => rows.map(([seq]) => seq));
             const extra = sealed.length > 0 ? ` and o.${c.seq} not in (${numbers(sealed)})` : "";
             const stored = await pendingNow(transaction, limits, extra);
@@ -1505,25 +1516,25 @@ export function sqlOutbox(unchecked: SqlServer<never>, options: SqlOutboxOptions
               fresh.set(uid, { ...batch, messages: stored.map(({ message }) => message) });
             }
           }
-          await writeShard(transaction, before, next);
+          await writeShard(transaction, seen.shard, next);
           const handed: Batch[] = [];
           for (const batch of batches) {
             handed.push(cache.get(batch.uid) ?? fresh.get(batch.uid) ?? await withMessages(transaction, batch));
           }
-          const [after] = await transaction.run(`select ${waitMs} as wait_ms`);
-          return { batches: handed, waitMs: toWait(after!), repaired };
+          return { batches: handed, waitMs, repaired };
         }).then((answer) => {
           // Only what has committed is remembered.
+          busy = answer.batches.length > 0;
           cache.clear();
           for (const batch of answer.batches) cache.set(batch.uid, batch);
           return answer;
         });
       },
       unseal: (ring, parks) =>
-        locked(async (transaction) => {
-          const { before } = await settleUpTo(transaction, ring);
+        locked(async (transaction, seen) => {
+          await settleUpTo(transaction, ring, seen);
           await transaction.run(`delete from ${tables.batches} where ${shardRow}`, owner);
-          await writeShard(transaction, before, settledShard(ring.at(-1) ?? START));
+          await writeShard(transaction, seen.shard, settledShard(ring.at(-1) ?? START));
           // What another relay has parked meanwhile stays parked: this one may be the one that is late.
           const fresh: Park[] = [];
           for (const park of parks) {
@@ -1533,11 +1544,10 @@ export function sqlOutbox(unchecked: SqlServer<never>, options: SqlOutboxOptions
           cache.clear();
         }),
       adopt: (ring) =>
-        locked(async (transaction) => {
-          const before = await shardOf(transaction.run, owner, shard);
-          await settleRows(transaction, ring.flatMap(({ rows }) => rows));
+        locked(async (transaction, seen) => {
+          await settleRows(transaction, ring.flatMap(({ rows }) => rows), seen);
           await transaction.run(`delete from ${tables.batches} where ${shardRow}`, owner);
-          await writeShard(transaction, before, settledShard(ring.at(-1) ?? START));
+          await writeShard(transaction, seen.shard, settledShard(ring.at(-1) ?? START));
           cache.clear();
         }),
       async renew() {

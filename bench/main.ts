@@ -1,5 +1,5 @@
 /**
- * Benchmarks, as ratios taken side by side in one run: `deno task bench dedupe|growth|relay|size [--json] [--adapters a,b]`. Each
+ * Benchmarks, as ratios taken side by side in one run: `deno task bench dedupe|growth|kafka|relay|size [--json] [--adapters a,b]`. Each
  * run appends its raw results to `bench/results/`; `deno task bench readme` writes the README's figures from the last ones.
  *
  * @module
@@ -7,6 +7,7 @@
 import { parseArgs as parse } from "node:util";
 import { dedupe } from "./dedupe.ts";
 import { growth } from "./growth.ts";
+import { kafka } from "./kafka.ts";
 import { writeFigures } from "./readme.ts";
 import { relays } from "./relay.ts";
 import { size } from "./size.ts";
@@ -15,6 +16,7 @@ type Bench = (adapters: readonly string[] | undefined, rows: number | undefined)
 const BENCHES: Readonly<Record<string, Bench>> = {
   dedupe,
   growth,
+  kafka,
   relay: relays,
   size,
 };
@@ -37,7 +39,7 @@ function versionsOf(): Readonly<Record<string, string>> {
   const { deno, v8 } = Deno.version;
   const driver = (name: string) =>
     JSON.parse(Deno.readTextFileSync(new URL(`../node_modules/${name}/package.json`, import.meta.url))).version;
-  const drivers = ["better-sqlite3", "pg", "mysql2"].map((name) => [name, driver(name)]);
+  const drivers = ["better-sqlite3", "pg", "mysql2", "kafkajs"].map((name) => [name, driver(name)]);
   return { deno, v8, ...Object.fromEntries(drivers) };
 }
 
