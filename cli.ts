@@ -6,6 +6,7 @@
 import { type Command, JSON_OUT, STORE, using } from "./cli/command.ts";
 import { CURSOR } from "./cli/cursor.ts";
 import { demo } from "./cli/demo.ts";
+import { demoKafka } from "./cli/demo_kafka.ts";
 import { EFFECTS } from "./cli/effects.ts";
 import { ENQUEUE } from "./cli/enqueue.ts";
 import { sentencesOf, UsageError } from "./cli/errors.ts";
@@ -70,12 +71,17 @@ const COMMANDS: Readonly<Record<string, Command>> = {
     summary: "the crash between the payment and the commit, with and without effectonce",
     flags: {
       orders: { kind: "number", min: 1, default: 40, help: "orders in each run" },
+      kafka: {
+        kind: "url",
+        help: "into Kafka, instead of a payment service: kafka://127.0.0.1:9092, for topics of its own",
+      },
       json: JSON_OUT,
     },
     example: "demo",
     run: (flags) => {
-      need("The demo", { name: "read" }, { name: "write" }, { name: "run" }, { name: "net" });
-      return demo({ orders: flags.number("orders")!, json: flags.on("json"), write });
+      need("The demo", { name: "read" }, { name: "write" }, { name: "run" }, { name: "net" }, { name: "env" });
+      const options = { orders: flags.number("orders")!, json: flags.on("json"), write };
+      return flags.has("kafka") ? demoKafka({ ...options, url: flags.url("kafka")! }) : demo(options);
     },
   },
 };

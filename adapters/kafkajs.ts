@@ -171,8 +171,9 @@ const CODES: Readonly<Record<number, string>> = {
 /** The protocol's names of what went wrong, wherever kafkajs has put them. */
 function typesOf(error: unknown): readonly string[] {
   if (typeof error !== "object" || error === null) return [];
-  const { type, code, cause, originalError, errors } = error as Readonly<Record<string, unknown>>;
+  const { name, type, code, cause, originalError, errors } = error as Readonly<Record<string, unknown>>;
   return [
+    ...name === "KafkaJSSASLAuthenticationError" ? ["SASL_AUTHENTICATION_FAILED"] : [],
     ...typeof type === "string" ? [type] : [],
     ...typeof code === "number" && code in CODES ? [CODES[code]!] : [],
     ...cause === error ? [] : typesOf(cause),

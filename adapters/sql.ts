@@ -96,6 +96,8 @@ export interface Dialect {
   only(table: string, keys: readonly EffectKey[]): Statement;
   /** The beginning of a DELETE, before `only`. */
   deleteFrom(table: string): string;
+  /** Joins a table as `o`, row by row, by an index. */
+  joinEach(table: string, condition: string): string;
   /** The end of an INSERT of effects, some of which are there already: they are replaced. */
   readonly replace: string;
   /** The end of a SELECT that must see what is committed now, whatever the transaction's snapshot says. */
@@ -1080,12 +1082,14 @@ export function sqlOutbox(unchecked: SqlServer<never>, options: SqlOutboxOptions
         topics.map((topic) => `(${some(` and o.${c.topic} = ${dialect.literal(topic)}`)})`).join(" union all ")
       }) t order by place limit ${limit}`
       : some("");
-    // What is beyond the bytes stays where it is: only sizes are read of it.
-    const size = `coalesce(octet_length(${valueOf("v")}), 0)`;
-    const sized = `select p.place, ${size} as bytes, sum(${size}) over (order by p.place) as upto
-      from (${first}) p join ${outbox} v on v.${c.seq} = p.place`;
-    return `select ${messageColumns}, o.${c.seq} as place, s.bytes, case when ${behind(states)} then 1 else 0 end as behind
-      from (${sized}) s join ${outbox} o on o.${c.seq} = s.place where s.upto - s.bytes <= ${bytes}`;
+    // What is beyond the bytes stays where it is: only sizes are read of it. One row after the other: a planner that joins the whole
+    // outbox reads it once for each batch.
+    const size = `(select coalesce(octet_length(${valueOf("v")}), 0) from ${outbox} v where v.${c.seq} = p.place)`;
+    const sized = `select t.place, t.bytes, sum(t.bytes) over (order by t.place) as upto
+      from (select p.place, ${size} as bytes from (${first}) p) t`;
+    const isBehind = states.length > 0 ? `case when ${behind(states)} then 1 else 0 end` : "0";
+    return `select ${messageColumns}, o.${c.seq} as place, s.bytes, ${isBehind} as behind
+      from (${sized}) s ${dialect.joinEach(outbox, `o.${c.seq} = s.place`)} where s.upto - s.bytes <= ${bytes}`;
   }
   function toPending(row: Row): Pending {
     return {
@@ -1327,9 +1331,14 @@ export function sqlOutbox(unchecked: SqlServer<never>, options: SqlOutboxOptions
     const registerNow = () => write(register, LOCK_META);
     const { id, shard: part, inherited } = await registerNow();
 
-    async function pendingNow(transaction: Transaction, limits: ReadLimits, extra: string): Promise<readonly Pending[]> {
+    async function pendingNow(
+      transaction: Transaction,
+      limits: ReadLimits,
+      extra: string,
+      { anyHeld }: Look,
+    ): Promise<readonly Pending[]> {
       for (;;) {
-        const rows = await transaction.run(`${pending(held, limits, only + extra)} order by place`);
+        const rows = await transaction.run(`${pending(anyHeld ? held : [], limits, only + extra)} order by place`);
         const { found, behind } = within(rows.map(toPending), limits.bytes);
         if (behind.length === 0) return found;
         await mark(transaction, behind, "pending", "blocked");
@@ -1364,14 +1373,14 @@ export function sqlOutbox(unchecked: SqlServer<never>, options: SqlOutboxOptions
      * These rows, and no others that carry their numbers, have left the outbox. By two lists: a comparison of each pair would take a
      * planner longer than the rest.
      */
-    async function settleRows(transaction: Transaction, rows: Position["rows"], { blocked }: Look): Promise<void> {
+    async function settleRows(transaction: Transaction, rows: Position["rows"], { anyHeld }: Look): Promise<void> {
       const { run } = transaction;
       for (const portion of portions(rows)) {
         const sql = `${c.seq} in (${numbers(portion.map(([seq]) => seq))}) and ${c.id} in (${list(portion.length)})`;
         const ids = portion.map(([, id]) => id);
-        const keys = blocked ? await run(`select distinct ${c.key} as message_key from ${outbox} where ${sql}`, ids) : [];
+        const keys = anyHeld ? await run(`select distinct ${c.key} as message_key from ${outbox} where ${sql}`, ids) : [];
         await remove(transaction, sql, ids);
-        if (blocked) await unblock(transaction, keys.map((row) => optionalText(row["message_key"])), onPark);
+        if (anyHeld) await unblock(transaction, keys.map((row) => optionalText(row["message_key"])), onPark);
       }
     }
     /** Steps a to d of the protocol, under the lock: what the sink has committed is deleted, and forks are repaired. */
@@ -1394,7 +1403,7 @@ export function sqlOutbox(unchecked: SqlServer<never>, options: SqlOutboxOptions
     }
     /** How everything stands, in one statement: there are many batches, and each has its round trips. */
     const LOOK = `select ${registered} as ours, ${holds} as held, ${waitMs} as wait_ms, s.relay as known,
-      exists (select 1 from ${outbox} o where o.${c.state} = 'blocked') as blocked,
+      ${HELD.map((state) => `exists (select 1 from ${outbox} o where o.${c.state} = '${state}')`).join(" or ")} as any_held,
       exists (select 1 from ${outbox} o where o.${c.state} = 'pending'${among(topics, "o.")}${only}) as pending,
       s.sealed, s.sealed_uid, s.settled, s.settled_uid
       from (select 1 as one) p left join ${tables.shards} s on s.relay = ? and s.shard = ${shard}`;
@@ -1404,7 +1413,8 @@ export function sqlOutbox(unchecked: SqlServer<never>, options: SqlOutboxOptions
       return {
         ours: isTrue(row!["ours"]),
         known: row!["known"] !== null,
-        blocked: isTrue(row!["blocked"]),
+        /** Whether there is a row that waits, is parked or is held back. */
+        anyHeld: isTrue(row!["any_held"]),
         pending: isTrue(row!["pending"]),
         waitMs: toWait(row!),
         shard: toShard(row),
@@ -1503,7 +1513,7 @@ export function sqlOutbox(unchecked: SqlServer<never>, options: SqlOutboxOptions
             }
             const sealed = remaining.flatMap(({ rows }) => rows.map(([seq]) => seq));
             const extra = sealed.length > 0 ? ` and o.${c.seq} not in (${numbers(sealed)})` : "";
-            const stored = await pendingNow(transaction, limits, extra);
+            const stored = await pendingNow(transaction, limits, extra, seen);
             if (stored.length > 0) {
               const rows = stored.map(({ seq, message }) => [seq, message.id] as const);
               const uid = await sha256(chainText(settled.sealedUid, rows));

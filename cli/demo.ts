@@ -38,7 +38,7 @@ const KILLS: readonly (readonly [what: string, times: number])[] = [
 ];
 
 /** The lines of a child's stdout. */
-async function* linesOf(child: Deno.ChildProcess): AsyncGenerator<string> {
+export async function* linesOf(child: Deno.ChildProcess): AsyncGenerator<string> {
   let rest = "";
   for await (const text of child.stdout.pipeThrough(new TextDecoderStream())) {
     const lines = (rest + text).split("\n");
@@ -47,7 +47,8 @@ async function* linesOf(child: Deno.ChildProcess): AsyncGenerator<string> {
   }
 }
 
-function start(script: string, args: readonly string[], stdout: "piped" | "null"): Deno.ChildProcess {
+/** Starts a script of the demo. */
+export function start(script: string, args: readonly string[], stdout: "piped" | "null"): Deno.ChildProcess {
   const url = new URL(script, import.meta.url);
   const path = url.protocol === "file:" ? decodeURIComponent(url.pathname) : url.href;
   // deno itself, and not a wrapper: a SIGKILL must hit the process that charges.

@@ -109,16 +109,11 @@ export function readKafka(label: string, url: string): KafkaUrl {
     transactions,
     client: {
       async open() {
-        const kafka = await load({
-          clientId: "effectonce",
-          brokers,
-          ssl: tls &&
-            { rejectUnauthorized: tls.verify, ca: tls.ca, ...tls.verify ? {} : { checkServerIdentity: () => undefined } },
-          sasl,
-          connectionTimeout: CONNECT_MS,
-          retry: { initialRetryTime: 100, retries: 2 },
-          logLevel: 0, // It says on stderr what it throws as well.
-        });
+        const ssl = tls && {
+          ...{ rejectUnauthorized: tls.verify, ca: tls.ca },
+          ...tls.verify ? {} : { checkServerIdentity: () => undefined },
+        };
+        const kafka = await loadKafka(brokers, { ssl, sasl });
         return await connect(kafka, brokers);
       },
     },
@@ -144,18 +139,43 @@ async function connect(kafka: KafkajsKafka, brokers: readonly string[]): Promise
 
 let quiet = false;
 
-async function load(options: unknown): Promise<KafkajsKafka> {
+/** kafkajs' own client, as far as the demo uses it. */
+interface Kafkajs extends KafkajsKafka {
+  admin(): {
+    connect(): Promise<void>;
+    disconnect(): Promise<void>;
+    listTopics(): Promise<string[]>;
+    deleteTopics(options: { topics: string[] }): Promise<void>;
+  };
+  producer(options: { idempotent: boolean; createPartitioner: () => () => number }): {
+    connect(): Promise<void>;
+    send(options: {
+      topic: string;
+      messages: { key: string; value: string; headers: Record<string, string> }[];
+    }): Promise<unknown>;
+  };
+}
+
+/** Loads kafkajs, and makes a client. */
+export async function loadKafka(brokers: readonly string[], options: object = {}): Promise<Kafkajs> {
   if (!quiet) {
     quiet = true;
-    // kafkajs asks for timers that lie in the past, about which Deno and Node warn: https://github.com/tulios/kafkajs/issues/1751
+    // kafkajs asks for timers that lie in the past (its requestQueue), about which Deno and Node warn.
     const emit = process.emitWarning;
     process.emitWarning = ((...args: unknown[]) => {
       if (!args.includes("TimeoutNegativeWarning")) Reflect.apply(emit, process, args);
     }) as typeof emit;
   }
   const specifier = "npm:kafkajs@^2.2.4"; // Computed, so that only its users install it.
-  const { Kafka } = await import(specifier) as { Kafka: new (options: unknown) => KafkajsKafka };
-  return new Kafka(options);
+  const { Kafka } = await import(specifier) as { Kafka: new (options: unknown) => Kafkajs };
+  return new Kafka({
+    clientId: "effectonce",
+    brokers,
+    connectionTimeout: CONNECT_MS,
+    retry: { initialRetryTime: 100, retries: 2 },
+    logLevel: 0, // It says on stderr what it throws as well.
+    ...options,
+  });
 }
 
 /** Makes the sink of a relay. */

@@ -5,7 +5,9 @@ import pg from "pg";
 import { maskedUrl } from "../cli/mask.ts";
 import { assertFailure, assertUsage, emptyBox, type Event } from "./cli_run.ts";
 import { freshName, kafkaOf, makeTopic, readTopic } from "./kafka/topics.ts";
+import { startKafka } from "./services/kafka.ts";
 import { database, service } from "./services/mod.ts";
+import { freePort } from "./services/process.ts";
 
 const BROKERS = await service("kafka");
 const KAFKA = `kafka://${BROKERS}`;
@@ -259,4 +261,64 @@ Deno.test("of a URL of Kafka no user, no password and no unknown parameter is sh
     "kafka://***@h1:9092,h2:9093/t?sasl=plain&x=***",
   );
   assertEquals(maskedUrl("kafka://h1:9092?user=a&password=s3cret"), "kafka://h1:9092?user=***&password=***");
+});
+
+Deno.test("doctor tells of brokers and of where the position is, before and after the first relay", async () => {
+  await using shop = await place("sqlite");
+  const doctor = async () => {
+    const { checks } = await shop.at.json(["doctor", "--from", shop.url, "--to", KAFKA]) as {
+      checks: { what: string; ok: boolean; found: string }[];
+    };
+    return checks.filter(({ what }) => what.startsWith("kafka://")).map(({ ok, found }) => [ok, found] as const);
+  };
+  const [cluster, transactions, before] = await doctor();
+  assertEquals(cluster![0], true);
+  assertMatch(cluster![1], /^1 broker, whose protocol is that of Kafka 4\.0 or younger$/);
+  assertMatch(transactions![1], /^a transaction may take 30000 ms, a silent relay's lease 30000 ms$/);
+  assertMatch(before![1], /^effectonce-cursor-.* will be created, with 1 copy$/);
+  await shop.enqueue("k0-1");
+  await shop.at.ok(shop.relay("--drain"));
+  const [, , after] = await doctor();
+  assertMatch(
+    after![1],
+    /: cleanup\.policy = compact, copies = 1, min\.insync\.replicas = 1: it is lost with its one broker$/,
+  );
+});
+
+Deno.test("the demo with a broker: the naive loop sends twice, the relay does not, and the topics go again", async () => {
+  await using at = await emptyBox();
+  const { runs } = await at.json(["demo", "--kafka", KAFKA, "--orders", "20"], { deadlineMs: 60_000 }) as {
+    runs: { once: number; twice: number; lost: number; kills: number }[];
+  };
+  const [naive, ours] = runs;
+  assert(naive!.twice > 0 && naive!.kills > 0, JSON.stringify(naive));
+  assertEquals([ours!.once, ours!.twice, ours!.lost], [20, 0, 0]);
+  assert(ours!.kills > 0);
+  const admin = kafkaOf(BROKERS).admin();
+  await admin.connect();
+  const topics = await admin.listTopics();
+  await admin.disconnect();
+  assertEquals(topics.filter((name) => name.startsWith("effectonce-demo-")), []);
+});
+
+Deno.test("a relay logs in by SASL, with what the URL or a variable has; a wrong password ends it with a sentence", async () => {
+  const port = freePort();
+  const login = 'org.apache.kafka.common.security.plain.PlainLoginModule required user_app="s3cret&more";';
+  const settings = { "sasl.enabled.mechanisms": "PLAIN", "plain.sasl.jaas.config": login };
+  await using cluster = await startKafka({ client: { port, protocol: "SASL_PLAINTEXT", settings } });
+  await using shop = await place("sqlite");
+  const topic = await makeTopic(cluster.brokers);
+  const relay = (to: string, env = {}) =>
+    shop.at.run(["relay", "--from", shop.url, "--to", to, "--drain", ...QUICK], { env });
+  await shop.enqueue("k0-1");
+  const wrong = await relay(`kafka://app:wrong@127.0.0.1:${port}/${topic}`);
+  assertEquals(wrong.code, 1);
+  assertMatch(wrong.stderr, /Kafka refuses: .*SASL PLAIN authentication failed/);
+  assert(!wrong.stderr.includes("wrong"), wrong.stderr);
+  assertEquals((await relay(`kafka://app:s3cret%26more@127.0.0.1:${port}/${topic}`)).code, 0);
+  await shop.enqueue("k0-2");
+  const parameters = "user=app&password=env:KAFKA_PASSWORD&sasl=plain";
+  const named = await relay(`kafka://127.0.0.1:${port}/${topic}?${parameters}`, { KAFKA_PASSWORD: "s3cret&more" });
+  assertEquals([named.code, named.stderr], [0, ""]);
+  assertEquals((await readTopic(cluster.brokers, topic)).map(({ headers }) => headers["ce_id"]), ["k0-1", "k0-2"]);
 });

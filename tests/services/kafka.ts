@@ -89,6 +89,8 @@ export interface ClusterOptions {
   readonly nodes?: number;
   /** The same for all. */
   readonly settings?: BrokerSettings;
+  /** One more listener, for clients that log in: as `SASL_PLAINTEXT` or `SSL`, with settings of its own by short names. */
+  readonly client?: { readonly port: number; readonly protocol: string; readonly settings: BrokerSettings };
   /**
    * What clients are told to connect to, by node from 0: a proxy's `host:port`, for one.
    *
@@ -121,14 +123,18 @@ async function probe(address: string, nodeId: number): Promise<string> {
 function propertiesOf(node: number, ports: readonly number[], controller: number, folder: string, options: ClusterOptions) {
   const copies = String(Math.min(3, ports.length));
   const address = `127.0.0.1:${ports[node]}`;
+  const { client } = options;
+  const more = client === undefined ? "" : `,CLIENT://127.0.0.1:${client.port}`;
+  const own = Object.entries(client?.settings ?? {}).map(([name, value]) => [`listener.name.client.${name}`, value]);
   return {
     "process.roles": node === 0 ? "broker,controller" : "broker",
     "node.id": String(node + 1),
     "controller.quorum.voters": `1@127.0.0.1:${controller}`,
-    "listeners": `PLAINTEXT://${address}` + (node === 0 ? `,CONTROLLER://127.0.0.1:${controller}` : ""),
-    "advertised.listeners": `PLAINTEXT://${options.advertised?.(node, address) ?? address}`,
+    "listeners": `PLAINTEXT://${address}${more}` + (node === 0 ? `,CONTROLLER://127.0.0.1:${controller}` : ""),
+    "advertised.listeners": `PLAINTEXT://${options.advertised?.(node, address) ?? address}${more}`,
     "controller.listener.names": "CONTROLLER",
-    "listener.security.protocol.map": "CONTROLLER:PLAINTEXT,PLAINTEXT:PLAINTEXT",
+    "listener.security.protocol.map": `CONTROLLER:PLAINTEXT,PLAINTEXT:PLAINTEXT,CLIENT:${client?.protocol ?? "PLAINTEXT"}`,
+    "inter.broker.listener.name": "PLAINTEXT",
     "log.dirs": `${folder}/data`,
     "auto.create.topics.enable": "false",
     "group.initial.rebalance.delay.ms": "0",
@@ -139,6 +145,7 @@ function propertiesOf(node: number, ports: readonly number[], controller: number
     "transaction.state.log.min.isr": copies === "3" ? "2" : "1",
     "share.coordinator.state.topic.replication.factor": copies,
     "share.coordinator.state.topic.min.isr": "1",
+    ...Object.fromEntries(own),
     ...options.settings,
   };
 }
