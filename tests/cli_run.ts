@@ -376,7 +376,7 @@ export async function until(condition: () => boolean | Promise<boolean>): Promis
   const start = performance.now();
   while (!await condition()) {
     // Far longer than it ever takes: a test that fails is better than one that hangs.
-    if (performance.now() - start > 20_000) throw new Error(`Not within 20 s: ${condition}`);
+    if (performance.now() - start > limitMs) throw new Error(`Not within ${limitMs / 1000} s: ${condition}`);
     await new Promise((resolve) => setTimeout(resolve, 5));
   }
 }

@@ -4,6 +4,9 @@
  */
 import { assert, assertEquals } from "@std/assert";
 import { DatabaseSync } from "node:sqlite";
+// @ts-types="@types/pg"
+import pg from "pg";
+import { migratePostgres } from "@effectonce/effectonce/postgres";
 import { migrateSqlite, sqliteOutbox, sqliteStore } from "@effectonce/effectonce/sqlite";
 import { Running } from "./cli_run.ts";
 import { connect } from "./crash_servers_child.ts";
@@ -222,6 +225,43 @@ for (const server of ["postgres", ...LONG ? ["mariadb", "mysql"] as const : []] 
     assertOrder(ids);
   });
 }
+
+const moves = LONG ? 60 : 8;
+Deno.test("postgres into Kafka: eight shards move between relays that come and go under load: each message once, in order (acceptance 29)", async () => {
+  await using place = await Place.make("postgres");
+  const pool = new pg.Pool({ connectionString: place.url });
+  await migratePostgres(pool, { shards: 8 });
+  await pool.end();
+  const moving = (async () => {
+    const running = [place.relay({ batch: 50 }), place.relay({ batch: 50 })];
+    for (let n = 0; n < moves; n++) {
+      await new Promise((resolve) => setTimeout(resolve, 300 + Math.random() * 700));
+      // One more, one less: in order, or by force.
+      if (running.length < 3) running.push(place.relay({ batch: 50 }));
+      else if (n % 2 === 0) await kill(running.shift()!);
+      else {
+        const [one] = running.splice(0, 1);
+        one!.kill("SIGTERM");
+        await one!.ended();
+      }
+    }
+    for (const one of running) await kill(one);
+  })();
+  const written = await writeWhile(place, moving);
+  await moving;
+  await place.drain({ batch: 500 });
+  const seen = await readTopic(BROKERS, place.topic);
+  const ids = seen.map(({ headers }) => headers["ce_id"]!);
+  assertEquals(ids.toSorted(), written.toSorted());
+  assertOrder(ids);
+  // Of each shard the positions are there without a gap: who reads all partitions can tell.
+  const shards = Map.groupBy(seen, ({ headers }) => headers["effectonce-shard"]!);
+  assert(shards.size > 1, "the keys went to several shards");
+  for (const [shard, records] of shards) {
+    const positions = records.map(({ headers }) => Number(headers["effectonce-position"])).toSorted((a, b) => a - b);
+    assertEquals(positions, positions.map((_, i) => i), `positions of shard ${shard}`);
+  }
+});
 
 Deno.test("the loop that most people write doubles messages under the same kills: else the tests above would prove nothing", async () => {
   await using place = await Place.make("postgres", 1);

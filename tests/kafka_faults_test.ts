@@ -8,11 +8,13 @@ import { type Message, relay, type RelayEvent, type RelayOptions } from "@effect
 import { kafkaSink, type KafkaSinkOptions, readKafkaCursor } from "@effectonce/effectonce/kafka";
 import { kafkajs } from "@effectonce/effectonce/kafkajs";
 import { memoryOutbox, type MemoryStore, memoryStore } from "@effectonce/effectonce/memory";
-import { until } from "./cli_run.ts";
+import { until as untilWithin } from "./cli_run.ts";
 import { freshName, makeTopic, readTopic } from "./kafka/topics.ts";
 import { type Cluster, type ClusterOptions, startKafka } from "./services/kafka.ts";
 import { type Direction, type Proxy, startProxy, type Verdict } from "./services/proxy.ts";
 
+/** Brokers take their time to come back, on a machine that has other tests to run. */
+const until = (condition: () => boolean | Promise<boolean>) => untilWithin(condition, 120_000);
 const LONG = Deno.env.get("EFFECTONCE_LONG") === "1";
 
 /** A client whose requests are given up soon, so that a test need not wait for half a minute. */
