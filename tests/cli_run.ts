@@ -372,7 +372,7 @@ export function deadUrl(): string {
 }
 
 /** Waits for a condition, without a guess how long it takes. */
-export async function until(condition: () => boolean | Promise<boolean>): Promise<void> {
+export async function until(condition: () => boolean | Promise<boolean>, limitMs = 20_000): Promise<void> {
   const start = performance.now();
   while (!await condition()) {
     // Far longer than it ever takes: a test that fails is better than one that hangs.
