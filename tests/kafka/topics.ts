@@ -37,7 +37,7 @@ export async function makeTopic(
     });
     for (;;) {
       const found = await admin.fetchTopicMetadata({ topics: [name] }).catch(() => undefined);
-      if (found?.topics[0]!.partitions.every(({ leader }) => leader >= 0)) return name;
+      if (found?.topics[0]?.partitions.every(({ leader }) => leader >= 0)) return name;
       await new Promise((resolve) => setTimeout(resolve, 50));
     }
   } finally {
