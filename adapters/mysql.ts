@@ -160,7 +160,7 @@ const dialect: Dialect = {
     return { condition: `(scope > ? or (scope = ? and "key" > ?))`, values: [first, first, second] };
   },
   // With values(): the newer alias is not known to MariaDB.
-  joinEach: (table, condition) => `join ${table} o on ${condition}`,
+  lazyValues: false,
   replace: ` on duplicate key update ${
     [...EFFECT_COLUMNS, "token"].map((column) => `${column} = values(${column})`).join(", ")
   }`,

@@ -182,8 +182,7 @@ const dialect: Dialect = {
   name: (text) => text,
   bucket: (expression) => `get_byte(sha256(convert_to((${expression})::text, 'UTF8')), 0)`,
   after: ({ scope, key }) => ({ condition: `(scope, "key") > (?, ?)`, values: [scope, key] }),
-  // `offset 0` keeps the planner from turning it into a join of the whole table.
-  joinEach: (table, condition) => `join lateral (select * from ${table} o where ${condition} offset 0) o on true`,
+  lazyValues: true, // https://www.postgresql.org/docs/current/storage-toast.html
   replace: ` on conflict (scope, "key") do update set ${
     [...EFFECT_COLUMNS, "token"].map((column) => `${column} = excluded.${column}`).join(", ")
   }`,

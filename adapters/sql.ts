@@ -96,8 +96,8 @@ export interface Dialect {
   only(table: string, keys: readonly EffectKey[]): Statement;
   /** The beginning of a DELETE, before `only`. */
   deleteFrom(table: string): string;
-  /** Joins a table as `o`, row by row, by an index. */
-  joinEach(table: string, condition: string): string;
+  /** Whether a subquery passes on large values without reading them. */
+  readonly lazyValues: boolean;
   /** The end of an INSERT of effects, some of which are there already: they are replaced. */
   readonly replace: string;
   /** The end of a SELECT that must see what is committed now, whatever the transaction's snapshot says. */
@@ -1074,22 +1074,28 @@ export function sqlOutbox(unchecked: SqlServer<never>, options: SqlOutboxOptions
   /** The first pending rows of these topics, in order, by one search of an index for each topic. */
   function pending(states: readonly string[], { rows, bytes }: ReadLimits, extra: string): string {
     const limit = Math.max(rows, 1);
+    // What is beyond the bytes stays where it is: only sizes are read of it.
+    const sizeOf = (alias: string) => `coalesce(octet_length(${valueOf(alias)}), 0)`;
+    const chosen = dialect.lazyValues ? `o.*, ${sizeOf("o")} as effectonce_bytes` : `o.${c.seq}`;
     const some = (topic: string) =>
-      `select o.${c.seq} as place from ${outbox} o where o.${c.state} = 'pending'${extra}${topic}
-        order by o.${c.seq} limit ${limit}`;
+      `select ${chosen} from ${outbox} o where o.${c.state} = 'pending'${extra}${topic} order by o.${c.seq} limit ${limit}`;
     const first = topics
-      ? `select place from (${
+      ? `select * from (${
         topics.map((topic) => `(${some(` and o.${c.topic} = ${dialect.literal(topic)}`)})`).join(" union all ")
-      }) t order by place limit ${limit}`
+      }) t order by ${c.seq} limit ${limit}`
       : some("");
-    // What is beyond the bytes stays where it is: only sizes are read of it. One row after the other: a planner that joins the whole
-    // outbox reads it once for each batch.
-    const size = `(select coalesce(octet_length(${valueOf("v")}), 0) from ${outbox} v where v.${c.seq} = p.place)`;
-    const sized = `select t.place, t.bytes, sum(t.bytes) over (order by t.place) as upto
-      from (select p.place, ${size} as bytes from (${first}) p) t`;
     const isBehind = states.length > 0 ? `case when ${behind(states)} then 1 else 0 end` : "0";
-    return `select ${messageColumns}, o.${c.seq} as place, s.bytes, ${isBehind} as behind
-      from (${sized}) s ${dialect.joinEach(outbox, `o.${c.seq} = s.place`)} where s.upto - s.bytes <= ${bytes}`;
+    const shown = `select ${messageColumns}, o.${c.seq} as place,`;
+    if (dialect.lazyValues) {
+      return `${shown} o.effectonce_bytes as bytes, ${isBehind} as behind
+        from (select p.*, sum(p.effectonce_bytes) over (order by p.${c.seq}) as effectonce_upto from (${first}) p) o
+        where o.effectonce_upto - o.effectonce_bytes <= ${bytes}`;
+    }
+    const size = `(select ${sizeOf("v")} from ${outbox} v where v.${c.seq} = p.${c.seq})`;
+    const sized = `select t.place, t.bytes, sum(t.bytes) over (order by t.place) as upto
+      from (select p.${c.seq} as place, ${size} as bytes from (${first}) p) t`;
+    return `${shown} s.bytes, ${isBehind} as behind
+      from (${sized}) s join ${outbox} o on o.${c.seq} = s.place where s.upto - s.bytes <= ${bytes}`;
   }
   function toPending(row: Row): Pending {
     return {
