@@ -81,7 +81,9 @@ const COMMANDS: Readonly<Record<string, Command>> = {
     run: (flags) => {
       need("The demo", { name: "read" }, { name: "write" }, { name: "run" }, { name: "net" }, { name: "env" });
       const options = { orders: flags.number("orders")!, json: flags.on("json"), write };
-      return flags.has("kafka") ? demoKafka({ ...options, url: flags.url("kafka")! }) : demo(options);
+      return flags.has("kafka")
+        ? demoKafka({ ...options, url: flags.url("kafka")!, label: flags.label("kafka") })
+        : demo(options);
     },
   },
 };

@@ -2242,6 +2242,11 @@ async function deliverSealed(o: Settings, source: SourceSession, sink: AtomicSin
       }
       const fenced = isCode(error, "fenced");
       if (!fenced && !isPassing(error)) throw error;
+      // Whoever has lost the source begins anew from the outside, if at all: it may be cut into other shards by now.
+      if (fenced && source.exclusive) {
+        const still = await source.settled().then(() => true, (lost) => !isCode(lost, "fenced"));
+        if (!still) throw error;
+      }
       // Fenced twice in a row by a sink that lets in whoever comes last: there is another relay, and only one may go on.
       const inTurns = fenced && sink.fences === true && !source.exclusive && runtime.now() - fencedAt < o.leaseMs;
       const afterMs = inTurns

@@ -125,11 +125,11 @@ export interface KafkaConnection {
  */
 export interface KafkaTransactions {
   /**
-   * Sends records in the transaction, and begins it if need be. Those of one partition stay in order. `tooLarge`: a broker has
-   * refused some, which may be taken in smaller portions.
+   * Sends records in the transaction, and begins it if need be. Those of one partition stay in order. `tooLarge`: topics of which
+   * a broker has refused some, which it may take in smaller portions.
    */
   send(records: readonly KafkaRecord[]): Promise<{
-    readonly tooLarge: boolean;
+    readonly tooLarge: readonly string[];
     /** The offset of the first record for a partition. */
     offsetOf(topic: string, partition: number): number | undefined;
   }>;
@@ -235,10 +235,15 @@ const METADATA_MS = 300_000;
 const encoder = new TextEncoder();
 
 /** Where the messages of a sink go: topics, partitions, headers, and what a topic takes. */
-function createRecords(connection: KafkaConnection, name: string, options: KafkaSinkOptions) {
+function createRecords(
+  connection: KafkaConnection,
+  name: string,
+  options: KafkaSinkOptions,
+  /** What topics take at most, where a broker has refused more: for longer than a session. */
+  limits: Map<string, number>,
+) {
   const { topic: fixed, createTopics = false, source = "effectonce", runtime = realRuntime } = options;
   const known = new Map<string, { readonly partitions: number; readonly maxBytes: number }>();
-  const limits = new Map<string, number>();
   let knownUntil = runtime.now() + METADATA_MS;
   /** Messages without a key go together, to one partition after the other. */
   let turn = Math.floor(runtime.random() * 1024);
@@ -248,10 +253,14 @@ function createRecords(connection: KafkaConnection, name: string, options: Kafka
     if (found) return found;
     let partitions = await connection.partitions(topic);
     if (partitions === 0 && createTopics) {
-      await connection.create(topic, {});
+      try {
+        await connection.create(topic, {});
+      } catch (error) {
+        return `it could not be created: ${(error as Error).message}`;
+      }
       partitions = await connection.partitions(topic);
     }
-    if (partitions === 0) return undefined;
+    if (partitions === 0) return "create it, or let the relay create topics (--create-topics)";
     const maxBytes = Number(await connection.setting(topic, MAX_BYTES_NAME) ?? MAX_BYTES);
     const limit = { partitions, maxBytes: Math.min(maxBytes, limits.get(topic) ?? maxBytes) };
     known.set(topic, limit);
@@ -276,9 +285,8 @@ function createRecords(connection: KafkaConnection, name: string, options: Kafka
       const { id, topic: type, value, headers, time } = message;
       const topic = fixed ?? type;
       const found = known.get(topic) ?? await find(topic);
-      if (!found) {
-        const how = "create it, or let the relay create topics (--create-topics)";
-        throw refusedMessage(message, new Error(`topic "${topic}" does not exist in Kafka: ${how}`));
+      if (typeof found === "string") {
+        throw refusedMessage(message, new Error(`topic "${topic}" does not exist in Kafka: ${found}`));
       }
       const key = message.key === null ? null : encoder.encode(message.key);
       const record: KafkaRecord = {
@@ -325,19 +333,23 @@ function createRecords(connection: KafkaConnection, name: string, options: Kafka
       }
       return portions;
     },
-    /** A broker takes less at a time than it says, or did not say. */
-    tooLarge(portion: readonly KafkaRecord[]): Error {
-      const sizes = new Map<string, number>();
-      for (const record of portion) sizes.set(record.topic, (sizes.get(record.topic) ?? BATCH_OVERHEAD) + sizeOf(record));
-      for (const [topic, size] of sizes) limits.set(topic, Math.max(1024, Math.floor(size / 2)));
+    /** A broker takes less at a time of these topics than it says, or did not say. */
+    tooLarge(portion: readonly KafkaRecord[], topics: readonly string[]): Error {
+      for (const topic of topics) {
+        const mine = portion.filter((record) => record.topic === topic);
+        const size = mine.reduce((sum, record) => sum + sizeOf(record), BATCH_OVERHEAD);
+        limits.set(topic, Math.max(1024, Math.floor(mine.length > 1 ? size / 2 : size - 1)));
+      }
       known.clear();
-      return new Error(`${name} did not take a portion of ${portion.length} records: it gets smaller ones`);
+      return new Error(
+        `${name} did not take ${portion.length} records at once for ${topics.join(", ")}: it gets smaller portions`,
+      );
     },
   };
 }
 
 /** Whose names these are does not depend on the message. */
-const RESERVED = /^(ce_|effectonce-)/i;
+const RESERVED = /^(ce_(specversion|id|source|type|time)|effectonce-(shard|position))$/i;
 
 // ----------------------------------------------------------------------------------------------------------------- cursor
 
@@ -457,9 +469,13 @@ async function readRing(
   for (let wanted = FIRST_LOOK;; wanted *= 4) {
     const from = Math.max(0, mark.offset - wanted);
     const ring = chainOf(await readUpTo(connection, place, owner, from, mark, late));
-    const rows = ring.reduce((sum, position) => sum + position.rows.length, 0);
-    if (from === 0 || ring.length >= RING || rows >= RING_ROWS) return ring;
+    if (isEnough(ring, from)) return ring;
   }
+}
+
+/** Whether there is no more, or no more is of use. */
+function isEnough(ring: readonly Position[], from: number): boolean {
+  return from === 0 || ring.length >= RING || ring.reduce((sum, { rows }) => sum + rows.length, 0) >= RING_ROWS;
 }
 
 /** Sees to it that the cursor topic exists, is one, and is nobody else's: before anything is written to it. */
@@ -476,6 +492,7 @@ async function prepareCursor(
       "min.insync.replicas": String(minInsyncReplicas ?? (all >= 3 ? 2 : 1)),
       "unclean.leader.election.enable": "false",
       "max.message.bytes": "16777216",
+      "compression.type": "uncompressed", // kafkajs reads what is compressed by gzip only.
       "segment.bytes": "67108864",
     };
     await connection.create(topic, { partitions: count, copies: all, settings });
@@ -515,6 +532,7 @@ export function kafkaSink(client: KafkaClient, options: KafkaSinkOptions = {}): 
   if (!Number.isSafeInteger(transactionTimeoutMs) || transactionTimeoutMs < 1000) {
     throw new RangeError(`Cannot use transactionTimeoutMs ${transactionTimeoutMs}: it must be a whole number from 1000`);
   }
+  const limits = new Map<string, number>();
   return {
     kind: "atomic",
     name,
@@ -525,7 +543,7 @@ export function kafkaSink(client: KafkaClient, options: KafkaSinkOptions = {}): 
       const place = await placeOf(owner, options.cursorTopic);
       const connection = await client.open();
       try {
-        return await openSession(connection, name, place, owner, { ...options, transactionTimeoutMs });
+        return await openSession(connection, name, place, owner, { ...options, transactionTimeoutMs }, limits);
       } catch (error) {
         void connection.close();
         throw error;
@@ -540,6 +558,7 @@ async function openSession(
   place: CursorPlace,
   owner: PositionOwner,
   options: KafkaSinkOptions & { readonly transactionTimeoutMs: number },
+  limits: Map<string, number>,
 ): Promise<AtomicSession> {
   const { relay, source, shard } = owner;
   const { transactionTimeoutMs } = options;
@@ -560,7 +579,7 @@ async function openSession(
   const mark = { opened, offset: marked.offsetOf(topic, partition) ?? 0 };
   const ring = await readRing(connection, place, owner, mark, 2 * transactionTimeoutMs, options.runtime ?? realRuntime);
 
-  const { next, record, portions, tooLarge } = createRecords(connection, name, options);
+  const { next, record, portions, tooLarge } = createRecords(connection, name, options, limits);
   let last: Position | undefined = ring.at(-1);
   let records = ring.at(-1)?.records ?? 0;
   let state: "open" | "broken" | "closed" = "open";
@@ -587,7 +606,14 @@ async function openSession(
       // Whatever goes wrong from here on: only the cursor tells whether the batch is there.
       state = "broken";
       for (const portion of toSend) {
-        if ((await transactions.send(portion)).tooLarge) throw tooLarge(portion);
+        const refused = (await transactions.send(portion)).tooLarge;
+        if (refused.includes(topic)) {
+          throw unusable(
+            topic,
+            `it does not take the position of ${rows.length} rows: smaller batches (--batch), or more ${MAX_BYTES_NAME}`,
+          );
+        }
+        if (refused.length > 0) throw tooLarge(portion, refused);
       }
       await transactions.commit();
       last = { n, uid, prev, rows };
@@ -654,7 +680,7 @@ export async function readKafkaCursor(
         }
       }
       const ring = chainOf(found);
-      if (ring.length === 0 && from > 0) continue;
+      if (!isEnough(ring, from)) continue;
       return {
         ...{ topic, partition, records: ring.at(-1)?.records ?? 0 },
         ring: ring.map(({ n, uid, prev, rows }) => ({ n, uid, prev, rows })),
@@ -685,7 +711,11 @@ export async function writeKafkaCursor(
     const transactions = await connection.begin(`effectonce-${source}-${relay}`, options.transactionTimeoutMs ?? 30_000);
     const { n, uid, prev, rows } = position;
     const value = encoder.encode(JSON.stringify({ n, uid, prev, rows, records, relay, source } satisfies CursorRecord));
-    await transactions.send([{ topic, partition, key: encoder.encode(String(n % RING)), value, headers: [] }]);
+    const key = encoder.encode(String(n % RING));
+    const { tooLarge } = await transactions.send([{ topic, partition, key, value, headers: [] }]);
+    if (tooLarge.length > 0) {
+      throw unusable(topic, `it does not take the position of ${rows.length} rows: more ${MAX_BYTES_NAME}`);
+    }
     await transactions.commit();
   } finally {
     await connection.close();
@@ -710,12 +740,12 @@ export async function findInKafka(
     const numbers = new Map<string, number>();
     const partitions = new Map<string, { topic: string; partition: number; since: number }>();
     for (const { n, messages } of batches) {
-      for (const { id, topic: own, key, time } of messages) {
+      for (const { id, topic: own, time } of messages) {
         const topic = options.topic ?? own;
         numbers.set(id, n);
         const count = await connection.partitions(topic);
-        const all = Array.from({ length: count }, (_, partition) => partition);
-        for (const partition of key === null || count === 0 ? all : [partitionOf(encoder.encode(key), count)]) {
+        // In all of them: there may have been fewer when it was sent.
+        for (let partition = 0; partition < count; partition++) {
           const place = `${partition} ${topic}`;
           const since = Math.min(partitions.get(place)?.since ?? Infinity, time.getTime() - SKEW_MS);
           partitions.set(place, { topic, partition, since });
@@ -757,6 +787,7 @@ const TOGETHER = 1000;
  */
 export function kafkaPlainSink(client: KafkaClient, options: KafkaPlainSinkOptions = {}): CallSink & AsyncDisposable {
   const name = nameOf(options);
+  const limits = new Map<string, number>();
   const queue: { readonly message: Message; resolve(answer: Json): void; reject(error: unknown): void }[] = [];
   let busy = false;
   let opened: Promise<Opened> | undefined;
@@ -765,7 +796,7 @@ export function kafkaPlainSink(client: KafkaClient, options: KafkaPlainSinkOptio
     const connection = await client.open();
     try {
       const producer = await connection.begin(null, 30_000);
-      return { connection, producer, ...createRecords(connection, name, options) };
+      return { connection, producer, ...createRecords(connection, name, options, limits) };
     } catch (error) {
       void connection.close();
       throw error;
@@ -790,7 +821,8 @@ export function kafkaPlainSink(client: KafkaClient, options: KafkaPlainSinkOptio
         }
       }
       for (const portion of portions(made)) {
-        if ((await producer.send(portion)).tooLarge) throw tooLarge(portion);
+        const refused = (await producer.send(portion)).tooLarge;
+        if (refused.length > 0) throw tooLarge(portion, refused);
       }
       for (const { resolve } of sent) resolve(null);
     } catch (error) {

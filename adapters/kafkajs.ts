@@ -493,6 +493,10 @@ async function openTransactions(
     const leaders = new Map<string, Map<string, Map<number, readonly KafkaRecord[]>>>();
     for (const [topic, partitions] of byPartition) {
       const found = cluster.findLeaderForPartitions(topic, [...partitions.keys()]);
+      // A partition that kafkajs does not know, as of a topic that was made anew with fewer, it leaves out without a word.
+      if (Object.values(found).flat().length < partitions.size) {
+        throw new Error(`Kafka has no partition ${[...partitions.keys()].join(" or ")} of topic ${topic} any more`);
+      }
       for (const [leader, numbers] of Object.entries(found)) {
         const topics = leaders.get(leader) ?? new Map<string, Map<number, readonly KafkaRecord[]>>();
         leaders.set(leader, topics);
@@ -505,7 +509,7 @@ async function openTransactions(
   /** Sends each leader its records; answers those that leaders have not taken because they are none. */
   async function produce(byPartition: ByPartition, offsets: Map<string, number>) {
     const left = new Map<string, Map<number, readonly KafkaRecord[]>>();
-    let tooLarge = false;
+    const tooLarge = new Set<string>();
     await Promise.all(Array.from(byLeader(byPartition), async ([nodeId, mine]) => {
       const broker = await cluster.findBroker({ nodeId });
       const request = produceRequest(mine, transactionalId, timeoutMs, producer, sequenceOf);
@@ -516,7 +520,7 @@ async function openTransactions(
         if (type !== undefined && NOT_TAKEN.includes(type)) {
           left.set(topic, (left.get(topic) ?? new Map<number, readonly KafkaRecord[]>()).set(partition, records));
         } else if (type !== undefined && TOO_LARGE.includes(type)) {
-          tooLarge = true;
+          tooLarge.add(topic);
         } else if (type !== undefined) {
           throw Object.assign(new Error(`Kafka did not take records for ${topic}: ${type}`), { type });
         } else {
@@ -546,8 +550,8 @@ async function openTransactions(
         let rest: ByPartition = byPartition;
         for (let tries = 0;; tries++) {
           const { left, tooLarge } = await produce(rest, offsets);
-          if (left.size === 0 || tooLarge) {
-            return { tooLarge, offsetOf: (topic, partition) => offsets.get(sequenceKey(topic, partition)) };
+          if (left.size === 0 || tooLarge.size > 0) {
+            return { tooLarge: [...tooLarge], offsetOf: (topic, partition) => offsets.get(sequenceKey(topic, partition)) };
           }
           if (performance.now() > deadline) throw new Error(`Kafka has no leader for topic ${[...left.keys()].join(", ")}`);
           // The same sequence numbers again: should a leader have taken them all the same, the next one knows.
@@ -609,8 +613,11 @@ async function openConnection(kafka: KafkajsKafka): Promise<KafkaConnection> {
       loaded = true;
       return cluster.findTopicPartitionMetadata(topic).length;
     } catch (error) {
-      if (isOneOf(error, ["UNKNOWN_TOPIC_OR_PARTITION", "INVALID_TOPIC_EXCEPTION"])) return 0;
-      throw explained(error);
+      if (isOneOf(error, ["INVALID_TOPIC_EXCEPTION"])) return 0;
+      if (!isOneOf(error, ["UNKNOWN_TOPIC_OR_PARTITION"])) throw explained(error);
+      // kafkajs has asked for all its topics: it may be another one that is gone.
+      await cluster.refreshMetadata();
+      return 0;
     }
   }
   async function offsetAt(
@@ -689,6 +696,9 @@ async function openConnection(kafka: KafkajsKafka): Promise<KafkaConnection> {
         fetched = await fetch(topic, partition, from);
       } catch (error) {
         if (isOneOf(error, FORBIDDEN)) throw explained(error);
+        if ((error as Error).name === "KafkaJSNotImplemented") {
+          throw new Error(`Topic ${topic} has compressed records that kafkajs cannot read: ${(error as Error).message}`);
+        }
         if (isOneOf(error, ["OFFSET_OUT_OF_RANGE"])) {
           return { records: [], next: Math.max(from, await offsetAt(topic, partition, { fromBeginning: true })) };
         }

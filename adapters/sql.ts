@@ -1269,7 +1269,10 @@ export function sqlOutbox(unchecked: SqlServer<never>, options: SqlOutboxOptions
     return { ...batch, messages };
   }
   async function openSession({ relay, protocol, onPark, leaseMs, original }: SourceOptions, { shard, member }: Part) {
-    if (original) await checkPlace(server, COPIED);
+    // A name that is new here has no position anywhere yet.
+    const used = original &&
+      (await run(`select 1 as found from ${tables.shards} where relay = ? limit 1`, [dialect.name(relay)]));
+    if (used && used.length > 0) await checkPlace(server, COPIED);
     const { count, generation } = await readShards({ run });
     if (member === undefined && count > 1) {
       throw new EffectError("source_invalid", `${name} has ${count} shards: relay it by relayShards(), or the command line`);

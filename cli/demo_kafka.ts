@@ -13,6 +13,8 @@ export interface KafkaDemoOptions {
   readonly orders: number;
   /** The broker's URL. */
   readonly url: string;
+  /** How a sentence names where it was given. */
+  readonly label: string;
   /** Print JSON. */
   readonly json: boolean;
   /** Prints. */
@@ -35,8 +37,8 @@ const KILLS: readonly number[] = [1, 2, 1, 3, 2, 1];
 type Charging = (database: string, topic: string) => Deno.ChildProcess;
 
 /** Runs both ways into Kafka, side by side; answers the exit code. */
-export async function demoKafka({ orders, url, json, write }: KafkaDemoOptions): Promise<number> {
-  const { brokers, client } = readKafka("--kafka", url);
+export async function demoKafka({ orders, url, label, json, write }: KafkaDemoOptions): Promise<number> {
+  const { brokers, client } = readKafka(label, url);
   const kafka = await loadKafka(brokers);
   const admin = kafka.admin();
   await (await client.open()).close(); // Says it in words if nobody is there.

@@ -42,6 +42,9 @@ function brokersOf(label: string, authority: string): readonly string[] {
   return authority.split(",").map((text) => {
     const read = URL.parse(`server://${text}`);
     if (!read || read.hostname === "" || read.pathname !== "") throw new UsageError(`${label}: write ${EXAMPLE}`);
+    if (read.hostname.startsWith("[")) {
+      throw new UsageError(`${label}: kafkajs knows no IPv6 addresses: give the broker a name`);
+    }
     return `${read.hostname}:${read.port || PORT}`;
   });
 }
@@ -224,7 +227,7 @@ export async function checkKafka(
       const unclean = await connection.setting(topic, "unclean.leader.election.enable");
       const settings = `cleanup.policy = ${policy}, copies = ${copies}, min.insync.replicas = ${inSync}`;
       const lossy = unclean === "true" ? ", unclean.leader.election.enable = true" : "";
-      const safe = policy !== "delete" && lossy === "" &&
+      const safe = !policy.includes("delete") && lossy === "" &&
         (brokers === 1 || copies > 1 && Number(inSync) > 1 || brokers < 3 && copies > 1);
       const alone = copies === 1 ? ": it is lost with its one broker" : "";
       checks.push(check(which, `${topic}: ${settings}${lossy}${alone}`, safe));

@@ -35,6 +35,7 @@ export function maskedUrl(url: string): string {
   if (host === undefined) return /^(sqlite|file|stdout):$/i.test(scheme) ? url : scheme + HIDDEN;
   // Such as a password with a slash in it: nobody knows where it ends.
   // Of several brokers the first will do.
+  if (/^kafka:/i.test(scheme) && path!.includes("@")) return scheme + HIDDEN;
   if (!URL.canParse(/^kafka:/i.test(url) ? url.replace(/,[^@/?#]*/, "") : url)) return scheme + HIDDEN;
   const shownQuery = maskedQuery(scheme, query ?? "");
   return `${scheme}${host.replace(/\/\/.*@/s, `//${HIDDEN}@`)}${path}${shownQuery}${hash === undefined ? "" : `#${HIDDEN}`}`;

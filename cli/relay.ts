@@ -120,7 +120,8 @@ async function runShards(
 
 /** A person says that a store that was restored, or copied, knows all that was done. */
 async function accept(flags: Flags, { databases, sink }: Plan & Ends): Promise<void> {
-  const store = databases.at(-1)!;
+  // Of the one that the relay's work is known by: the claims, or with a sink that has a position the outbox.
+  const store = sink.kind === "atomic" ? databases[0]! : databases.at(-1)!;
   // A sink with a position is asked about when it is known what differs.
   if (store.accept) await store.accept();
   else if (sink.kind === "atomic") return;

@@ -355,7 +355,7 @@ Deno.test("a broker that takes less than it says is sent less, and nothing twice
   });
   await lowered;
   await admin.disconnect();
-  assert(events.some((event) => event.type === "failed" && /it gets smaller ones/.test(event.reason)), "it was refused");
+  assert(events.some((event) => event.type === "failed" && /it gets smaller portions/.test(event.reason)), "it was refused");
   assertEquals((await readTopic(BROKERS, topic)).map(({ headers }) => headers["ce_id"]), ids);
 });
 

@@ -1,7 +1,7 @@
 /** A database that was restored, or copied: what it does not know any more must not be done again unnoticed. */
 import { assertEquals, assertRejects } from "@std/assert";
 import { memorySink } from "../adapters/memory.ts";
-import { type AtomicSink, EffectError, relay } from "../mod.ts";
+import { type AtomicSink, EffectError, type Position, relay } from "../mod.ts";
 import { onServers, type TestDatabase } from "./servers/servers.ts";
 
 /** Puts other tables with the same rows in the place of all, as an older dump does. */
@@ -54,12 +54,20 @@ onServers("a restored database is noticed before anything is done that must not 
 onServers("a copied database is refused by a relay into a sink that would shut out the original's", async (db, kind) => {
   const { outbox, migrate, store } = db.program();
   await store().transaction((effects) => effects.enqueue({ id: "m1", topic: "orders", value: 1 }));
-  await restored(db, kind);
   let opened = 0;
+  const ring: Position[] = [];
   const to: AtomicSink = {
     ...{ kind: "atomic", name: "a log", fences: true },
-    open: () => Promise.resolve({ ring: [], commit: () => (opened++, Promise.resolve()), close: () => Promise.resolve() }),
+    open() {
+      opened++;
+      const commit = ({ n, uid, prev, rows }: Position) => (ring.push({ n, uid, prev, rows }), Promise.resolve());
+      return Promise.resolve({ ring: [...ring], commit, close: () => Promise.resolve() });
+    },
   };
+  assertEquals((await relay({ from: outbox(), to, drain: true })).delivered, 1);
+  await restored(db, kind);
+  await store().transaction((effects) => effects.enqueue({ id: "m2", topic: "orders", value: 2 }));
+  opened = 0;
   const error = await assertRejects(() => relay({ from: outbox(), to, drain: true }), EffectError);
   assertEquals([error.code, opened], ["diverged", 0]);
   await migrate({ accept: true });

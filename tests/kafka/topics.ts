@@ -56,14 +56,41 @@ export interface Seen {
 
 const textOf = (value: IHeaders[string]): string => Array.isArray(value) ? value.map(textOf).join() : String(value ?? "");
 
+interface Ends {
+  connect(): Promise<void>;
+  disconnect(): Promise<void>;
+  addTargetTopic(topic: string): Promise<void>;
+  findTopicPartitionMetadata(topic: string): { partitionId: number }[];
+  fetchTopicsOffset(
+    topics: { topic: string; partitions: { partition: number }[]; fromBeginning: boolean }[],
+  ): Promise<{ partitions: { partition: number; offset: string }[] }[]>;
+}
+
+/**
+ * Where partitions end, with what is not committed yet: a commit is answered before its markers are written, and until they are
+ * the last stable offset is an older one. kafkajs' admin tells that one only.
+ */
+async function endsOf(kafka: Kafka, topic: string): Promise<ReadonlyMap<number, number>> {
+  let found: Ends | undefined;
+  const assigner = ({ cluster }: { cluster: unknown }) => {
+    found = cluster as Ends;
+    return { name: "unused", version: 0 };
+  };
+  // deno-lint-ignore no-explicit-any -- not an assigner, and never used as one
+  kafka.consumer({ groupId: "unused", readUncommitted: true, partitionAssigners: [assigner as any] });
+  const cluster = found!;
+  await cluster.connect();
+  await cluster.addTargetTopic(topic);
+  const partitions = cluster.findTopicPartitionMetadata(topic).map(({ partitionId }) => ({ partition: partitionId }));
+  const [ends] = await cluster.fetchTopicsOffset([{ topic, partitions, fromBeginning: false }]);
+  await cluster.disconnect();
+  return new Map(ends!.partitions.map(({ partition, offset }) => [partition, Number(offset)]));
+}
+
 /** All that is in a topic at the moment, for a reader at read_committed that is kafkajs' own, partition by partition. */
 export async function readTopic(brokers: string, topic: string): Promise<readonly Seen[]> {
   const kafka = kafkaOf(brokers);
-  const admin = kafka.admin();
-  await admin.connect();
-  // What this answers at read_committed's isolation is the last stable offset, which a transaction that is open holds back.
-  const ends = new Map((await admin.fetchTopicOffsets(topic)).map(({ partition, high }) => [partition, Number(high)]));
-  await admin.disconnect();
+  const ends = await endsOf(kafka, topic);
   const left = new Map([...ends].filter(([, end]) => end > 0));
   const seen: Seen[] = [];
   if (left.size === 0) return seen;

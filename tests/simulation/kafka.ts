@@ -247,7 +247,7 @@ export function modelClient(process: Process, cluster: Cluster, faults: () => Fa
                 offsets.set(place, await patiently(what, () => cluster.produce(mine, epoch, place, sequence, all)));
                 sequences.set(place, sequence + all.length);
               }
-              return { tooLarge: false, offsetOf: (topic, partition) => offsets.get(placeOf({ topic, partition })) };
+              return { tooLarge: [], offsetOf: (topic, partition) => offsets.get(placeOf({ topic, partition })) };
             },
             async commit() {
               await patiently(`commit in Kafka`, () => cluster.end(mine, epoch));
