@@ -66,6 +66,7 @@ interface Broker {
     options: Producer & { transactionalId: string; topics: readonly { topic: string; partitions: readonly number[] }[] },
   ): Promise<unknown>;
   endTxn(options: Producer & { transactionalId: string; transactionResult: boolean }): Promise<unknown>;
+  findGroupCoordinator(of: { readonly groupId: string; readonly coordinatorType: number }): Promise<unknown>;
   createTopics(options: { topics: readonly unknown[]; timeout: number }): Promise<unknown>;
   describeConfigs(options: { resources: readonly unknown[] }): Promise<{
     readonly resources: readonly {
@@ -460,7 +461,13 @@ async function openTransactions(
     patiently(timeoutMs, NOT_DONE, async (again) => {
       if (again) known = undefined;
       const of = { groupId: transactionalId!, coordinatorType: TRANSACTION_COORDINATOR };
-      known ??= transactionalId === null ? await cluster.findControllerBroker() : await cluster.findGroupCoordinator(of);
+      known ??= transactionalId === null
+        ? await cluster.findControllerBroker()
+        : await cluster.findGroupCoordinator(of).catch(async (error) => {
+          // kafkajs keeps to itself why no broker has answered: it may be that this user may not use the id.
+          await (await cluster.findControllerBroker()).findGroupCoordinator(of);
+          throw error;
+        });
       return await run(known);
     });
   const init = { transactionalId: transactionalId ?? undefined, transactionTimeout: timeoutMs };

@@ -85,10 +85,10 @@ export async function relayShards(options: ShardsOptions): Promise<RelayReport> 
       }
       if (over()) break;
       if (drain && running.size === 0 && mine.every((shard) => drained.has(shard))) {
-        if (mine.length > 0) break;
-        // Others have them all, and give some up when they see this one; or there is nothing to do.
+        // There may be more in shards that others have, who give some up when they see this one, or have died and are waited for.
         const { pending, heldBack } = await from.status();
         if (pending === heldBack) break;
+        drained.clear();
       }
       await runtime.sleep(Math.min(leaseMs / 3, 1_000), bell.signal);
     }

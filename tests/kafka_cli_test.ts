@@ -322,3 +322,51 @@ Deno.test("a relay logs in by SASL, with what the URL or a variable has; a wrong
   assertEquals([named.code, named.stderr], [0, ""]);
   assertEquals((await readTopic(cluster.brokers, topic)).map(({ headers }) => headers["ce_id"]), ["k0-1", "k0-2"]);
 });
+
+Deno.test("rights that are missing end a relay with a sentence that names what Kafka said", async () => {
+  const port = freePort();
+  const login = 'org.apache.kafka.common.security.plain.PlainLoginModule required user_app="s3cret";';
+  const settings = { "sasl.enabled.mechanisms": "PLAIN", "plain.sasl.jaas.config": login };
+  await using cluster = await startKafka({
+    client: { port, protocol: "SASL_PLAINTEXT", settings },
+    settings: {
+      "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
+      "super.users": "User:ANONYMOUS",
+    },
+  });
+  await using shop = await place("sqlite");
+  await shop.enqueue("k0-1");
+  const topic = await makeTopic(cluster.brokers);
+  const to = `kafka://app:s3cret@127.0.0.1:${port}/${topic}?cursor=${await makeTopic(cluster.brokers, {
+    name: freshName("cursor"),
+    settings: { "cleanup.policy": "compact" },
+  })}`;
+  const relay = () => shop.at.run(["relay", "--from", shop.url, "--to", to, "--drain", ...QUICK]);
+  const none = await relay();
+  assertEquals(none.code, 1);
+  assertMatch(none.stderr, /Kafka refuses: .*\(TOPIC_AUTHORIZATION_FAILED\)\nSee docs\/operations\.md#sink_invalid/);
+  const admin = kafkaOf(cluster.brokers).admin();
+  await admin.connect();
+  const may = (resourceType: number, resourceName: string) =>
+    // Allow all, by every host, on what has this name: the numbers are those of the protocol.
+    admin.createAcls({
+      acl: [{
+        resourceType,
+        resourceName,
+        resourcePatternType: 3,
+        principal: "User:app",
+        host: "*",
+        operation: 2,
+        permissionType: 3,
+      }],
+    });
+  const [TOPIC, TRANSACTIONAL_ID] = [2, 5];
+  await may(TOPIC!, "*");
+  const noId = await relay();
+  assertEquals(noId.code, 1);
+  assertMatch(noId.stderr, /Kafka refuses: .*\(TRANSACTIONAL_ID_AUTHORIZATION_FAILED\)/);
+  await may(TRANSACTIONAL_ID!, "*");
+  const all = await relay();
+  assertEquals([all.code, all.stderr], [0, ""]);
+  await admin.disconnect();
+});
