@@ -39,7 +39,8 @@ for (const mutant of mutants) {
     // The seed that noticed it last will do again, as long as the code has not changed much.
     const seed = known.get(mutant.name);
     if (seed && (await hunt(mutant, seed, 1)).seed !== null) return;
-    const verdict = await hunt(mutant, 1, LIMIT);
-    if (verdict.seed === null) throw new Error(`${LIMIT} seeds did not notice it: is it harmless, or the simulation blind?`);
+    const { limit = LIMIT } = mutant;
+    const verdict = await hunt(mutant, 1, limit);
+    if (verdict.seed === null) throw new Error(`${limit} seeds did not notice it: is it harmless, or the simulation blind?`);
   });
 }
