@@ -399,6 +399,11 @@ async function placeOf({ relay, source, shard }: PositionOwner, cursorTopic: str
   };
 }
 
+/** One spelling for all that write a position: Kafka shuts out an earlier writer only if it went by this very name. */
+function transactionalId({ source, relay }: PositionOwner): string {
+  return `effectonce-${source}-${relay}`;
+}
+
 function unusable(topic: string, why: string): EffectError {
   return new EffectError("sink_invalid", `Cannot use topic ${topic} for a relay's position: ${why}`);
 }
@@ -572,7 +577,7 @@ async function openSession(
   });
   await prepareCursor(connection, place, owner, options);
   // In this order: nobody can commit a position any more that is not in what is read then.
-  const transactions = await connection.begin(`effectonce-${source}-${relay}`, transactionTimeoutMs);
+  const transactions = await connection.begin(transactionalId(owner), transactionTimeoutMs);
   const opened = crypto.randomUUID();
   const marked = await transactions.send([toCursor(MARK, { opened, relay, source })]);
   await transactions.commit();
@@ -708,7 +713,7 @@ export async function writeKafkaCursor(
   const connection = await client.open();
   try {
     await prepareCursor(connection, place, owner, options);
-    const transactions = await connection.begin(`effectonce-${source}-${relay}`, options.transactionTimeoutMs ?? 30_000);
+    const transactions = await connection.begin(transactionalId(owner), options.transactionTimeoutMs ?? 30_000);
     const { n, uid, prev, rows } = position;
     const value = encoder.encode(JSON.stringify({ n, uid, prev, rows, records, relay, source } satisfies CursorRecord));
     const key = encoder.encode(String(n % RING));
