@@ -272,7 +272,7 @@ export const mutants: readonly Mutant[] = [
   ),
   kafka(
     "a relay reads its cursor before it has shut out the one before",
-    `  const transactions = await connection.begin(\`effectonce-\${source}-\${relay}\`, transactionTimeoutMs);
+    `  const transactions = await connection.begin(transactionalId(owner), transactionTimeoutMs);
   const opened = crypto.randomUUID();
   const marked = await transactions.send([toCursor(MARK, { opened, relay, source })]);
   await transactions.commit();
@@ -287,7 +287,7 @@ export const mutants: readonly Mutant[] = [
       if ("uid" in record) ring.push(record);
     }
   }
-  const transactions = await connection.begin(\`effectonce-\${source}-\${relay}\`, transactionTimeoutMs);
+  const transactions = await connection.begin(transactionalId(owner), transactionTimeoutMs);
   const opened = crypto.randomUUID();
   const marked = await transactions.send([toCursor(MARK, { opened, relay, source })]);
   await transactions.commit();
@@ -312,8 +312,8 @@ export const mutants: readonly Mutant[] = [
   ),
   kafka(
     "every relay has a transactional id of its own",
-    "await connection.begin(`effectonce-${source}-${relay}`, transactionTimeoutMs);\n  const opened",
-    "await connection.begin(`effectonce-${source}-${relay}-${crypto.randomUUID()}`, transactionTimeoutMs);\n  const opened",
+    "await connection.begin(transactionalId(owner), transactionTimeoutMs);\n  const opened",
+    "await connection.begin(`${transactionalId(owner)}-${crypto.randomUUID()}`, transactionTimeoutMs);\n  const opened",
   ),
   file("a torn write stays where it is", `if (!content.spoilt) await cut();`, `end = size;`),
   // A torn write whose position line is whole is rare, and so are files.
