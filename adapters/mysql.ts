@@ -32,6 +32,7 @@ import {
   type Dialect,
   EFFECT_COLUMNS,
   type ExistingOutbox,
+  inPortions,
   notePlace,
   outboxName,
   patiently,
@@ -159,8 +160,10 @@ const dialect: Dialect = {
     const [first, second] = [Buffer.from(scope), Buffer.from(key)];
     return { condition: `(scope > ? or (scope = ? and "key" > ?))`, values: [first, first, second] };
   },
-  // With values(): the newer alias is not known to MariaDB.
   lazyValues: false,
+  messages: (run, select) => run(select),
+  among: inPortions,
+  // With values(): the newer alias is not known to MariaDB.
   replace: ` on duplicate key update ${
     [...EFFECT_COLUMNS, "token"].map((column) => `${column} = values(${column})`).join(", ")
   }`,
@@ -315,7 +318,7 @@ function createServer<Client>(pool: MysqlPool, options: MysqlOptions): SqlServer
     dialect,
     tables,
     run: (sql, values) => again(() => connected(({ run }) => run(sql, values))),
-    write: (change, first) =>
+    write: (change, first = []) =>
       again(() =>
         connected(async (connection) => {
           const { run } = connection;
@@ -324,10 +327,16 @@ function createServer<Client>(pool: MysqlPool, options: MysqlOptions): SqlServer
             await run(limit);
             await run("set transaction isolation level read committed");
             await run("start transaction");
-            if (first) await run(first.sql, first.values);
+            const answers = [];
+            for (const { sql, values } of first) answers.push(await run(sql, values));
             const [row] = await run(`select ${CLOCK} as now_ms`);
             const [clock, since] = [Number(row!["now_ms"]), realRuntime.now()];
-            const answer = await change({ run, now: () => clock + realRuntime.now() - since });
+            const answer = await change({
+              first: answers,
+              run,
+              later: async (sql, values) => void await run(sql, values),
+              now: () => clock + realRuntime.now() - since,
+            });
             await run("commit");
             // It is committed, whatever becomes of the connection.
             await run(unlimit).catch(() => connection.connection.destroy());
@@ -578,7 +587,7 @@ export async function migrateMysql(pool: MysqlPool, options: MysqlMigration = {}
   await write(({ run }) => notePlace(server, run));
   if (accept) await write(({ run }) => acceptPlace(server, run));
   if (shards === undefined) return;
-  const alone = { sql: `select value from ${tables.meta} where name = 'outbox_id' for update`, values: [] };
+  const alone = [{ sql: `select value from ${tables.meta} where name = 'outbox_id' for update`, values: [] }];
   await write((transaction) => setShards(name, tables, transaction, shards), alone);
 
   async function migrate(): Promise<void> {

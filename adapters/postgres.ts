@@ -27,6 +27,7 @@ import { createTurns } from "./shared.ts";
 import {
   acceptPlace,
   Broken,
+  bytesOf,
   causesOf,
   checkOutbox,
   checkVersion,
@@ -51,6 +52,8 @@ import {
   type Tables,
   tablesOf,
   takeWithin,
+  textOf,
+  type Transaction,
   VERSION,
 } from "./sql.ts";
 export type { ExistingOutbox, ShardedOutbox, TableOptions };
@@ -157,13 +160,30 @@ function literal(value: SqlValue): string {
   if (value === null) return "null";
   if (typeof value === "number" || typeof value === "boolean") return String(value);
   if (typeof value !== "string") return `decode('${hex(value)}', 'hex')`;
-  return /^[\w .:,;@/+=-]*$/.test(value)
-    ? `'${value}'`
-    : `convert_from(decode('${hex(encoder.encode(value))}', 'hex'), 'UTF8')`;
+  return PLAIN.test(value) ? `'${value}'` : `convert_from(decode('${hex(encoder.encode(value))}', 'hex'), 'UTF8')`;
 }
+/** Printable ASCII without apostrophe and backslash, and without the question mark of placeholders. */
+const PLAIN = /^[ -&(->@-[\]-~]*$/;
+const isPlain = (value: SqlValue): boolean =>
+  value === null || typeof value === "number" || typeof value === "boolean" ||
+  typeof value === "string" && PLAIN.test(value);
 function inlined(sql: string, values: readonly SqlValue[]): string {
   let n = 0;
   return sql.replace(/\?/g, () => literal(values[n++]!));
+}
+
+/** Rows that came as one: their texts as JSON, and their values one behind the other. */
+function unpacked(row: Row, names: readonly string[]): readonly Row[] {
+  if (row["texts"] === null) return [];
+  const rows: readonly (readonly (string | null)[])[] = JSON.parse(textOf(row["texts"]));
+  const values = bytesOf(row["value"]);
+  let at = 0;
+  return rows.map((texts) => {
+    const length = texts[names.length]!;
+    const found: Record<string, unknown> = { value: length && values!.subarray(at, at += Number(length)) };
+    names.forEach((name, i) => found[name] = texts[i]);
+    return found;
+  });
 }
 
 const CLOCK = "floor(extract(epoch from clock_timestamp()) * 1000)::bigint";
@@ -183,6 +203,19 @@ const dialect: Dialect = {
   bucket: (expression) => `get_byte(sha256(convert_to((${expression})::text, 'UTF8')), 0)`,
   after: ({ scope, key }) => ({ condition: `(scope, "key") > (?, ?)`, values: [scope, key] }),
   lazyValues: true, // https://www.postgresql.org/docs/current/storage-toast.html
+  async messages(run, select, texts) {
+    const packed = texts.map((name) => `r.${name}::text`).join(", ");
+    const [row] = await run(
+      `select array_to_json(array_agg(array[${packed}, octet_length(r.value)::text]))::text as texts,
+        string_agg(r.value, '') as value from (${select}) r`,
+    );
+    return unpacked(row!, texts);
+  },
+  *among(seq, id, rows) {
+    // Of no type, so that they take the columns'.
+    const values = [0, 1].map((i) => `{${rows.map((row) => `"${row[i]!.replace(/["\\]/g, "\\$&")}"`).join()}}`);
+    if (rows.length > 0) yield { sql: `${seq} = any(?) and ${id} = any(?)`, values };
+  },
   replace: ` on conflict (scope, "key") do update set ${
     [...EFFECT_COLUMNS, "token"].map((column) => `${column} = excluded.${column}`).join(", ")
   }`,
@@ -241,8 +274,8 @@ interface Connection<Client> {
   readonly client: Client;
   /** One statement. */
   readonly run: Run;
-  /** Several statements in one message; answers the rows of the last, and its command tag where the driver tells it. */
-  script(text: string): Promise<{ readonly rows: readonly Row[]; readonly command?: unknown }>;
+  /** Several statements in one message; answers the rows of each, and its command tag where the driver tells it. */
+  script(text: string): Promise<readonly { readonly rows: readonly Row[]; readonly command?: unknown }[]>;
 }
 
 type Listening = PostgresClient & {
@@ -260,15 +293,15 @@ function createConnections(source: PostgresPool | PostgresDatabase, name: string
     const connection: Connection<unknown> = {
       client: source,
       run: async (sql, values = []) => rowsOf(await source.query(numbered(sql), [...values])),
-      script: async (text) => ({ rows: rowsOf((await source.exec(text)).at(-1)!) }),
+      script: async (text) => (await source.exec(text)).map((result) => ({ rows: rowsOf(result) })),
     };
     return <T>(use: (connection: Connection<unknown>) => Promise<T>): Promise<T> =>
       turns(waitMs, async () => {
         // Else our COMMIT would be the application's. Not by times: PGlite's clock stands still within a millisecond.
         const probe = async () => {
           await connection.script("set local effectonce.open = 'yes'"); // Is left only where a transaction is open.
-          const { rows: [row] } = await connection.script("select current_setting('effectonce.open', true) as open");
-          return row!["open"] === "yes";
+          const [shown] = await connection.script("select current_setting('effectonce.open', true) as open");
+          return shown!.rows[0]!["open"] === "yes";
         };
         const over = new AbortController();
         const late = realRuntime.sleep(waitMs, over.signal).then(() => undefined);
@@ -292,8 +325,7 @@ function createConnections(source: PostgresPool | PostgresDatabase, name: string
         run: async (sql, values = []) => rowsOf(await query.call(client, numbered(sql), [...values])),
         async script(text) {
           const answer = await query.call(client, text) as PostgresResult | readonly PostgresResult[];
-          const last = Array.isArray(answer) ? answer.at(-1) : answer;
-          return { rows: last.rows, command: last.command };
+          return (Array.isArray(answer) ? answer : [answer]).map(({ rows, command }) => ({ rows, command }));
         },
       });
     } catch (error) {
@@ -350,7 +382,7 @@ function createBeginning({ client, run, script }: Connection<unknown>, begin: st
       const first = script(`${begin}; ${inlined(sql, values)}`);
       begun = first;
       begun.then(unhook, ignore);
-      return (await first).rows;
+      return (await first).at(-1)!.rows;
     },
   };
 }
@@ -379,15 +411,36 @@ function createServer<Client>(source: PostgresPool | PostgresDatabase, options: 
     dialect,
     tables,
     run: (sql, values) => again(() => connected(({ run }) => run(sql, values))),
-    write: (change, first) =>
+    write: (change, first = []) =>
       again(() =>
         connected(async (connection) => {
+          const { run, script } = connection;
+          /** What travels with the next message. */
+          let waiting: string[] = [];
+          const together = (last: string) => {
+            const text = [...waiting, last].join("; ");
+            waiting = [];
+            return script(text);
+          };
+          const transaction: Omit<Transaction, "first" | "now"> = {
+            async run(sql, values = []) {
+              if (waiting.length === 0) return await run(sql, values);
+              if (values.every(isPlain)) return (await together(inlined(sql, values))).at(-1)!.rows;
+              await together("select 1");
+              return await run(sql, values);
+            },
+            async later(sql, values = []) {
+              if (values.every(isPlain)) waiting.push(inlined(sql, values));
+              else await transaction.run(sql, values);
+            },
+          };
           try {
-            const lock = first ? `${inlined(first.sql, first.values)}; ` : "";
-            const { rows: [row] } = await connection.script(`${own}; ${lock}select ${CLOCK} as now_ms`);
-            const [clock, since] = [Number(row!["now_ms"]), realRuntime.now()];
-            const answer = await change({ run: connection.run, now: () => clock + realRuntime.now() - since });
-            await connection.script("commit");
+            const firsts = first.map(({ sql, values }) => inlined(sql, values));
+            const answers = (await script([own, ...firsts, `select ${CLOCK} as now_ms`].join("; "))).map(({ rows }) => rows);
+            const [clock, since] = [Number(answers.at(-1)![0]!["now_ms"]), realRuntime.now()];
+            const now = () => clock + realRuntime.now() - since;
+            const answer = await change({ ...transaction, first: answers.slice(-1 - first.length, -1), now });
+            await together("commit");
             return answer;
           } catch (error) {
             return await rollback(connection, error);
@@ -432,7 +485,7 @@ function createServer<Client>(source: PostgresPool | PostgresDatabase, options: 
     let command: unknown;
     try {
       // Where the driver tells no tag: in a transaction that has failed any statement fails.
-      command = (await script(source && "connect" in source ? "commit" : "select 1; commit")).command;
+      command = (await script(source && "connect" in source ? "commit" : "select 1; commit")).at(-1)!.command;
     } catch (error) {
       if (!failures.isAway(error) || mayAgain()) throw error;
       throw commitUnknown(name, error);
@@ -617,6 +670,8 @@ function migrations(tables: Tables): readonly (readonly string[])[] {
   rows text not null,
   primary key (relay, shard, n)
 )`,
+    // To compress what is deleted within moments costs more than to write it.
+    `alter table ${batches} alter column rows set storage external`,
     `create table ${positions} (
   relay ${text} not null,
   source text not null,
@@ -668,7 +723,7 @@ export async function migratePostgres(
   const server = createServer<never>(pool, options);
   const { tables, write, name } = server;
   // One after the other; the number is this package's own.
-  const alone = { sql: "select pg_advisory_xact_lock(7306085893296906823)", values: [] };
+  const alone = [{ sql: "select pg_advisory_xact_lock(7306085893296906823)", values: [] }];
   await write(async (transaction) => {
     const { run } = transaction;
     const [found] = await run("select to_regclass(?)::text as name", [tables.meta]);

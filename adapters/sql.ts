@@ -98,6 +98,13 @@ export interface Dialect {
   deleteFrom(table: string): string;
   /** Whether a subquery passes on large values without reading them. */
   readonly lazyValues: boolean;
+  /**
+   * Runs a SELECT of columns of text, and of bytes as `value`, whose rows are in order. Drivers take longer for a row than a server:
+   * where it can, it packs them into one.
+   */
+  messages(run: Run, select: string, texts: readonly string[]): Promise<readonly Row[]>;
+  /** Conditions by which rows of these numbers and ids are found, portion by portion: each of both is one of the list. */
+  among(seq: string, id: string, rows: Position["rows"]): Iterable<Statement>;
   /** The end of an INSERT of effects, some of which are there already: they are replaced. */
   readonly replace: string;
   /** The end of a SELECT that must see what is committed now, whatever the transaction's snapshot says. */
@@ -115,8 +122,12 @@ export interface Dialect {
 
 /** A transaction of this package's own, at READ COMMITTED. */
 export interface Transaction {
+  /** The rows of each of its first statements. */
+  readonly first: readonly (readonly Row[])[];
   /** Runs a statement in it. */
   readonly run: Run;
+  /** Runs one whose rows nobody needs, before the next one or the commit: it may travel with that. */
+  later(sql: string, values?: readonly SqlValue[]): Promise<void>;
   /** The database's clock, in milliseconds since 1970: also after a wait for a lock. */
   now(): number;
 }
@@ -131,8 +142,8 @@ export interface SqlServer<Client> {
   readonly tables: Tables;
   /** Runs one statement, which commits by itself. */
   readonly run: Run;
-  /** Runs in a transaction, with a first statement that may ride along with its beginning; again if the server ended it. */
-  write<T>(run: (transaction: Transaction) => Promise<T>, first?: Statement): Promise<T>;
+  /** Runs in a transaction, whose first statements may ride along with its beginning; again if the server ended it. */
+  write<T>(run: (transaction: Transaction) => Promise<T>, first?: readonly Statement[]): Promise<T>;
   /**
    * Runs an application's function in a transaction, which commits if the function resolves. Runs it again if the server ended
    * it, or the outcome of its COMMIT is unknown and `again` says that it may.
@@ -483,10 +494,10 @@ const PORTION = 500;
 
 const decoder = new TextDecoder();
 /** A text, whichever way it is stored. */
-const textOf = (value: unknown): string => value instanceof Uint8Array ? decoder.decode(value) : String(value);
+export const textOf = (value: unknown): string => value instanceof Uint8Array ? decoder.decode(value) : String(value);
 const optionalText = (value: unknown): string | null => value === null ? null : textOf(value);
 /** A plain view, whatever the driver makes of bytes: text where a parser of the application's says so. */
-const bytesOf = (value: unknown): Uint8Array | null => {
+export const bytesOf = (value: unknown): Uint8Array | null => {
   if (value === null) return null;
   if (value instanceof Uint8Array) return new Uint8Array(value.buffer, value.byteOffset, value.byteLength);
   if (typeof value === "string" && /^\\x([0-9a-f]{2})*$/.test(value)) {
@@ -758,7 +769,7 @@ function checked<Client>(server: SqlServer<Client>): SqlServer<Client> {
   return {
     ...server,
     run: async (sql, values) => (await first(), await server.run(sql, values)),
-    write: async (run, statement) => (await first(), await server.write(run, statement)),
+    write: async (run, statements) => (await first(), await server.write(run, statements)),
     transaction: async (run, again) => (await first(), await server.transaction(run, again)),
   };
 }
@@ -779,19 +790,21 @@ export function sqlStore<Client>(unchecked: SqlServer<Client>): EffectStore<Clie
     change<T>(steps: readonly { readonly key: EffectKey; readonly step: EffectStep<T> }[]) {
       // What an attempt would have answered whose COMMIT may have arrived, though its own answer was lost, by its token.
       const before = new Map<number, readonly T[]>();
+      const [first, ...rest] = Array.from(portions(distinct(steps.map(({ key }) => key))), (portion) => {
+        const { sql, values } = dialect.only(table, portion);
+        return { sql: `select ${columns}, token from ${sql} order by scope, "key" for update`, values };
+      });
       return write(async (transaction) => {
         const token = randomToken();
         const found = new Map<string, EffectRow>();
-        for (const portion of portions(distinct(steps.map(({ key }) => key)))) {
-          const { sql: only, values } = dialect.only(table, portion);
-          const select = `select ${columns}, token from ${only} order by scope, "key" for update`;
-          for (const stored of await transaction.run(select, values)) {
-            const answers = before.get(Number(stored["token"]));
-            if (answers) return answers;
-            const row = toEffect(stored);
-            const free = row.state === "claimed" && untold.has(Number(stored["token"]));
-            found.set(joined(row), free ? { ...row, untilMs: 0, firstMs: row.doubt ? row.firstMs : null } : row);
-          }
+        const rows = transaction.first.flat();
+        for (const { sql, values } of rest) rows.push(...await transaction.run(sql, values));
+        for (const stored of rows) {
+          const answers = before.get(Number(stored["token"]));
+          if (answers) return answers;
+          const row = toEffect(stored);
+          const free = row.state === "claimed" && untold.has(Number(stored["token"]));
+          found.set(joined(row), free ? { ...row, untilMs: 0, firstMs: row.doubt ? row.firstMs : null } : row);
         }
         const now = Math.floor(transaction.now());
         const [inserts, updates] = [new Map<string, EffectRow>(), new Map<string, EffectRow>()];
@@ -809,7 +822,7 @@ export function sqlStore<Client>(unchecked: SqlServer<Client>): EffectStore<Clie
           for (const portion of portions(distinct([...rows.values()]))) {
             const values = portion.flatMap((key) => [...fromEffect(rows.get(joined(key))!, dialect), token]);
             const insert = `insert into ${table} (${columns}, token) values ${rowsOf(portion.length, COLUMNS.length + 1)}`;
-            if (!isNew) await transaction.run(insert + dialect.replace, values);
+            if (!isNew) await transaction.later(insert + dialect.replace, values);
             else if (!await dialect.insertNew(transaction.run, insert, values, portion.length)) {
               throw new LostRace("another caller has claimed one of these effects");
             }
@@ -817,7 +830,7 @@ export function sqlStore<Client>(unchecked: SqlServer<Client>): EffectStore<Clie
         }
         before.set(token, answers);
         return answers;
-      }).catch((error) => {
+      }, first && [first]).catch((error) => {
         for (const [token, answers] of before) if (answers.some(isClaim)) untold.add(token);
         throw error;
       });
@@ -969,6 +982,13 @@ const HELD = ["waiting", "parked", "blocked"] as const;
 /** The states of a message that hold back those behind it. */
 const heldBy = (onPark: "block" | "skip"): readonly string[] => onPark === "block" ? ["waiting", "parked"] : ["waiting"];
 const inList = (texts: readonly string[]): string => texts.map((text) => `'${text}'`).join(", ");
+/** By two lists: a comparison of each pair would take a planner longer than the rest. */
+export function* inPortions(seq: string, id: string, rows: Position["rows"]): Generator<Statement> {
+  for (const portion of portions(rows)) {
+    const sql = `${seq} in (${numbers(portion.map(([seq]) => seq))}) and ${id} in (${list(portion.length)})`;
+    yield { sql, values: portion.map(([, id]) => id) };
+  }
+}
 /** Numbers of rows, which come from the database or from JSON: as literals, since there may be thousands. */
 const numbers = (seqs: readonly string[]): string => {
   if (!seqs.every((seq) => /^\d+$/.test(seq))) throw new EffectError("source_invalid", "A batch has rows without numbers");
@@ -1009,7 +1029,6 @@ interface StoredRelay {
 
 interface Pending {
   readonly seq: string;
-  readonly bytes: number;
   readonly behind: boolean;
   readonly message: Message;
 }
@@ -1033,20 +1052,23 @@ export function sqlOutbox(unchecked: SqlServer<never>, options: SqlOutboxOptions
   const headersOf = Object.entries(tables.existing?.headerColumns ?? {});
   const valueOf = (alias: string) =>
     dialect.bytes(`${alias}.${c.value}`, tables.existing ? tables.existing.stored ?? "text" : "bytes");
-  const messageColumns = [
-    `${dialect.text(`o.${c.seq}`)} as seq`,
-    `${tables.existing ? dialect.text(`o.${c.id}`) : `o.${c.id}`} as id`,
-    `${tables.existing ? dialect.text(`o.${c.topic}`) : `o.${c.topic}`} as topic`,
-    `${tables.existing ? dialect.text(`o.${c.key}`) : `o.${c.key}`} as message_key`,
-    `${valueOf("o")} as value`,
-    `${c.headers ? dialect.text(`o.${c.headers}`) : "'{}'"} as headers`,
-    `${dialect.time(`o.${c.createdAt}`)} as created_at`,
-    ...headersOf.map(([, column], i) => `${dialect.text(`o."${column}"`)} as header_${i}`),
-  ].join(", ");
+  const own = (column: string) => tables.existing ? dialect.text(`o.${column}`) : `o.${column}`;
+  const texts = Object.entries({
+    seq: dialect.text(`o.${c.seq}`),
+    id: own(c.id),
+    topic: own(c.topic),
+    message_key: own(c.key),
+    headers: c.headers ? dialect.text(`o.${c.headers}`) : "'{}'",
+    created_at: dialect.time(`o.${c.createdAt}`),
+    ...Object.fromEntries(headersOf.map(([, column], i) => [`header_${i}`, dialect.text(`o."${column}"`)])),
+  });
+  const textNames = texts.map(([name]) => name);
+  const messageColumns = [...texts, ["value", valueOf("o")]].map(([name, sql]) => `${sql} as ${name}`).join(", ");
 
   function toMessage(row: Row): Message {
     const headers: Record<string, string> = {};
-    for (const [header, value] of Object.entries(JSON.parse(textOf(row["headers"])))) {
+    const stored = textOf(row["headers"]);
+    for (const [header, value] of stored === "{}" ? [] : Object.entries(JSON.parse(stored))) {
       headers[header] = typeof value === "string" ? value : JSON.stringify(value);
     }
     headersOf.forEach(([header], i) => {
@@ -1085,22 +1107,21 @@ export function sqlOutbox(unchecked: SqlServer<never>, options: SqlOutboxOptions
       }) t order by ${c.seq} limit ${limit}`
       : some("");
     const isBehind = states.length > 0 ? `case when ${behind(states)} then 1 else 0 end` : "0";
-    const shown = `select ${messageColumns}, o.${c.seq} as place,`;
+    const shown = `select ${messageColumns}, o.${c.seq} as place, ${isBehind} as behind`;
     if (dialect.lazyValues) {
-      return `${shown} o.effectonce_bytes as bytes, ${isBehind} as behind
+      return `${shown}
         from (select p.*, sum(p.effectonce_bytes) over (order by p.${c.seq}) as effectonce_upto from (${first}) p) o
         where o.effectonce_upto - o.effectonce_bytes <= ${bytes}`;
     }
     const size = `(select ${sizeOf("v")} from ${outbox} v where v.${c.seq} = p.${c.seq})`;
     const sized = `select t.place, t.bytes, sum(t.bytes) over (order by t.place) as upto
       from (select p.${c.seq} as place, ${size} as bytes from (${first}) p) t`;
-    return `${shown} s.bytes, ${isBehind} as behind
+    return `${shown}
       from (${sized}) s join ${outbox} o on o.${c.seq} = s.place where s.upto - s.bytes <= ${bytes}`;
   }
   function toPending(row: Row): Pending {
     return {
       seq: textOf(row["seq"]),
-      bytes: Number(row["bytes"]),
       behind: isTrue(row["behind"]),
       message: toMessage(row),
     };
@@ -1113,7 +1134,7 @@ export function sqlOutbox(unchecked: SqlServer<never>, options: SqlOutboxOptions
     for (const row of all) {
       if (row.behind) behind.push(row.seq);
       else if (behind.length === 0) { // Those after it are read again once it is marked.
-        size += row.bytes;
+        size += row.message.value?.length ?? 0;
         if (size > bytes && found.length > 0) break;
         found.push(row);
       }
@@ -1174,10 +1195,10 @@ export function sqlOutbox(unchecked: SqlServer<never>, options: SqlOutboxOptions
     }
   }
   /** Those of the conditions are delivered. */
-  async function remove({ run, now }: Transaction, condition: string, values: readonly SqlValue[]): Promise<void> {
-    if (!keep) await run(`delete from ${outbox} where ${condition}`, values);
+  async function remove({ later, now }: Transaction, condition: string, values: readonly SqlValue[]): Promise<void> {
+    if (!keep) await later(`delete from ${outbox} where ${condition}`, values);
     else {
-      await run(
+      await later(
         `update ${outbox} set ${c.state} = 'delivered', ${c.untilMs} = ?
         where ${condition} and ${c.state} <> 'delivered'`,
         [Math.floor(now()), ...values],
@@ -1215,9 +1236,9 @@ export function sqlOutbox(unchecked: SqlServer<never>, options: SqlOutboxOptions
     return (await run(sql, [dialect.name(relay)])).length > 0;
   }
   /** Whoever registers, or takes shards, one after the other. */
-  const LOCK_META = { sql: `select value from ${tables.meta} where name = 'outbox_id' for update`, values: [] };
+  const LOCK_META = [{ sql: `select value from ${tables.meta} where name = 'outbox_id' for update`, values: [] }];
   /** Locks what sessions and operators change messages under. */
-  const LOCK_ALL = { sql: `select relay from ${tables.shards} order by relay, shard for update`, values: [] };
+  const LOCK_ALL = [{ sql: `select relay from ${tables.shards} order by relay, shard for update`, values: [] }];
 
   /** How many shards there are, and how often that has changed. */
   async function readShards(
@@ -1241,10 +1262,14 @@ export function sqlOutbox(unchecked: SqlServer<never>, options: SqlOutboxOptions
       settled: Number(row["settled"]),
       settledUid: textOf(row["settled_uid"]),
     };
-  async function batchesOf(run: Run, owner: readonly SqlValue[], shard: number): Promise<readonly Position[]> {
-    const sql = `select n, uid, prev, "rows" from ${tables.batches} where relay = ? and shard = ${shard} order by n`;
-    return (await run(sql, owner)).map(toPosition);
+  /** `known`: of these, the rows need not be read. */
+  function selectBatches(owner: readonly SqlValue[], shard: number, known: ReadonlyMap<string, Batch>): Statement {
+    const rows = known.size === 0 ? '"rows"' : `case when uid in (${list(known.size)}) then '[]' else "rows" end as "rows"`;
+    const sql = `select n, uid, prev, ${rows} from ${tables.batches} where relay = ? and shard = ${shard} order by n`;
+    return { sql, values: [...known.keys(), ...owner] };
   }
+  const toBatches = (stored: readonly Row[], known: ReadonlyMap<string, Batch>): readonly Position[] =>
+    stored.map(toPosition).map((position) => ({ ...position, rows: known.get(position.uid)?.rows ?? position.rows }));
   async function shardOf(run: Run, owner: readonly SqlValue[], shard: number): Promise<Shard> {
     const sql = `select sealed, sealed_uid, settled, settled_uid from ${tables.shards} where relay = ? and shard = ${shard}`;
     return toShard((await run(sql, owner))[0]);
@@ -1280,8 +1305,11 @@ export function sqlOutbox(unchecked: SqlServer<never>, options: SqlOutboxOptions
     if (shard >= count) throw noSuchShard(shard, count);
     const [low, high] = [shard, shard + 1].map((n) => Math.floor(n * 256 / count));
     /** The messages of this shard. */
-    const only = count === 1 ? "" : ` and (o.${c.key} is null and mod(o.${c.seq}, ${count}) = ${shard}
-        or o.${c.key} is not null and ${dialect.bucket(`o.${c.key}`)} between ${low} and ${high! - 1})`;
+    const byKey = `${dialect.bucket(`o.${c.key}`)} between ${low} and ${high! - 1}`;
+    // By `case`: of a condition that it can look into PostgreSQL expects that hardly any row meets it, and reads and sorts them all.
+    const only = count === 1
+      ? ""
+      : ` and case when o.${c.key} is null then mod(o.${c.seq}, ${count}) = ${shard} else ${byKey} end`;
     const waitMs = `(select min(o.${c.untilMs}) from ${outbox} o where o.${c.state} = 'waiting'${
       among(topics, "o.")
     }${only}) - ${clock}`;
@@ -1347,7 +1375,8 @@ export function sqlOutbox(unchecked: SqlServer<never>, options: SqlOutboxOptions
       { anyHeld }: Look,
     ): Promise<readonly Pending[]> {
       for (;;) {
-        const rows = await transaction.run(`${pending(anyHeld ? held : [], limits, only + extra)} order by place`);
+        const select = `${pending(anyHeld ? held : [], limits, only + extra)} order by place`;
+        const rows = await dialect.messages(transaction.run, select, [...textNames, "behind"]);
         const { found, behind } = within(rows.map(toPending), limits.bytes);
         if (behind.length === 0) return found;
         await mark(transaction, behind, "pending", "blocked");
@@ -1377,34 +1406,27 @@ export function sqlOutbox(unchecked: SqlServer<never>, options: SqlOutboxOptions
         return message;
       });
 
-    const readBatches = ({ run }: Pick<Transaction, "run">) => batchesOf(run, owner, shard);
-    /**
-     * These rows, and no others that carry their numbers, have left the outbox. By two lists: a comparison of each pair would take a
-     * planner longer than the rest.
-     */
+    /** These rows, and no others that carry their numbers, have left the outbox. */
     async function settleRows(transaction: Transaction, rows: Position["rows"], { anyHeld }: Look): Promise<void> {
       const { run } = transaction;
-      for (const portion of portions(rows)) {
-        const sql = `${c.seq} in (${numbers(portion.map(([seq]) => seq))}) and ${c.id} in (${list(portion.length)})`;
-        const ids = portion.map(([, id]) => id);
-        const keys = anyHeld ? await run(`select distinct ${c.key} as message_key from ${outbox} where ${sql}`, ids) : [];
-        await remove(transaction, sql, ids);
+      for (const { sql, values } of dialect.among(c.seq, c.id, rows)) {
+        const keys = anyHeld ? await run(`select distinct ${c.key} as message_key from ${outbox} where ${sql}`, values) : [];
+        await remove(transaction, sql, values);
         if (anyHeld) await unblock(transaction, keys.map((row) => optionalText(row["message_key"])), onPark);
       }
     }
     /** Steps a to d of the protocol, under the lock: what the sink has committed is deleted, and forks are repaired. */
     async function settleUpTo(transaction: Transaction, ring: readonly Position[], seen: Look) {
-      const { run } = transaction;
-      const plan = settlePlan(seen.shard, await readBatches(transaction), ring);
+      const plan = settlePlan(seen.shard, seen.batches, ring);
       await settleRows(transaction, plan.settle, seen);
       if (plan.repaired.length > 0 || plan.settle.length > 0) {
         const upTo = plan.repaired.length > 0 ? "" : ` and n <= ${plan.shard.settled}`;
-        await run(`delete from ${tables.batches} where ${shardRow}${upTo}`, owner);
+        await transaction.later(`delete from ${tables.batches} where ${shardRow}${upTo}`, owner);
       }
       return plan;
     }
-    async function writeShard({ run }: Transaction, { sealed }: Shard, next: Shard): Promise<void> {
-      await run(
+    async function writeShard({ later }: Transaction, { sealed }: Shard, next: Shard): Promise<void> {
+      await later(
         `update ${tables.shards} set sealed = ?, sealed_uid = ?, settled = ?, settled_uid = ?
           where ${shardRow} and sealed = ?`,
         [next.sealed, next.sealedUid, next.settled, next.settledUid, ...owner, sealed],
@@ -1416,8 +1438,8 @@ export function sqlOutbox(unchecked: SqlServer<never>, options: SqlOutboxOptions
       exists (select 1 from ${outbox} o where o.${c.state} = 'pending'${among(topics, "o.")}${only}) as pending,
       s.sealed, s.sealed_uid, s.settled, s.settled_uid
       from (select 1 as one) p left join ${tables.shards} s on s.relay = ? and s.shard = ${shard}`;
-    async function look({ run }: Pick<Transaction, "run">) {
-      const [row] = await run(LOOK, [...holder, ...owner]);
+    const look = { sql: LOOK, values: [...holder, ...owner] };
+    function toLook([row]: readonly Row[]) {
       if (!isTrue(row!["held"])) throw overtaken();
       return {
         ours: isTrue(row!["ours"]),
@@ -1429,18 +1451,25 @@ export function sqlOutbox(unchecked: SqlServer<never>, options: SqlOutboxOptions
         shard: toShard(row),
       };
     }
-    type Look = Awaited<ReturnType<typeof look>>;
+    interface Look extends ReturnType<typeof toLook> {
+      readonly batches: readonly Position[];
+    }
     /** Under the shard's lock; where the shard's row or the registration is gone, they come back first. */
     function locked<T>(change: (transaction: Transaction, seen: Look) => Promise<T>): Promise<T> {
+      const known = new Map(cache);
+      const batches = selectBatches(owner, shard, known);
       return write(async (transaction) => {
-        let seen = await look(transaction);
+        const { first, run } = transaction;
+        let seen = toLook(first[1]!);
+        let stored = first[2]!;
         if (!seen.ours || !seen.known) {
-          await transaction.run(LOCK_META.sql);
+          for (const { sql } of LOCK_META) await run(sql);
           await register(transaction);
-          seen = await look(transaction);
+          seen = toLook(await run(look.sql, look.values));
+          stored = await run(batches.sql, batches.values);
         }
-        return await change(transaction, seen);
-      }, lock);
+        return await change(transaction, { ...seen, batches: toBatches(stored, known) });
+      }, [lock, look, batches]);
     }
 
     const over = new AbortController();
@@ -1489,8 +1518,8 @@ export function sqlOutbox(unchecked: SqlServer<never>, options: SqlOutboxOptions
             await remove(transaction, rows + ids, portion.map(({ id }) => id));
           }
           await unblock(transaction, messages.map(({ key }) => key), onPark);
-        }, lock),
-      park: (parks) => write((transaction) => setAside(transaction, parks, onPark), lock),
+        }, [lock]),
+      park: (parks) => write((transaction) => setAside(transaction, parks, onPark), [lock]),
       async settled() {
         const [row] = await run(
           `select ${holds} as held, s.sealed, s.sealed_uid, s.settled, s.settled_uid
@@ -1505,7 +1534,8 @@ export function sqlOutbox(unchecked: SqlServer<never>, options: SqlOutboxOptions
         if (bell.signal.aborted) bell = new AbortController();
         // A look first: an idle relay writes nothing. Where the last one found work there is more of it.
         if (!busy) {
-          const { shard: { settled, settledUid, sealed }, ours, pending, waitMs } = await look({ run });
+          const seen = toLook(await run(look.sql, look.values));
+          const { shard: { settled, settledUid, sealed }, ours, pending, waitMs } = seen;
           const quiet = settled === cursor.n && settledUid === cursor.uid && sealed === cursor.n;
           if (quiet && ours && !pending && (waitMs === null || waitMs > 0)) return { batches: [], waitMs, repaired: [] };
         }
@@ -1518,7 +1548,7 @@ export function sqlOutbox(unchecked: SqlServer<never>, options: SqlOutboxOptions
           if (batches.length < 2) {
             if (waitMs !== null && waitMs <= 0) {
               await wake(transaction);
-              ({ waitMs } = await look(transaction));
+              ({ waitMs } = toLook(await transaction.run(look.sql, look.values)));
             }
             const sealed = remaining.flatMap(({ rows }) => rows.map(([seq]) => seq));
             const extra = sealed.length > 0 ? ` and o.${c.seq} not in (${numbers(sealed)})` : "";
@@ -1529,7 +1559,7 @@ export function sqlOutbox(unchecked: SqlServer<never>, options: SqlOutboxOptions
               const batch = { n: settled.sealed + 1, uid, prev: settled.sealedUid, rows };
               const insert =
                 `insert into ${tables.batches} (relay, shard, n, uid, prev, "rows") values (?, ${shard}, ?, ?, ?, ?)`;
-              await transaction.run(insert, [...owner, batch.n, uid, batch.prev, JSON.stringify(rows)]);
+              await transaction.later(insert, [...owner, batch.n, uid, batch.prev, JSON.stringify(rows)]);
               next = { ...settled, sealed: batch.n, sealedUid: uid };
               batches.push(batch);
               fresh.set(uid, { ...batch, messages: stored.map(({ message }) => message) });
@@ -1618,7 +1648,8 @@ export function sqlOutbox(unchecked: SqlServer<never>, options: SqlOutboxOptions
         const owner = [dialect.name(relay)];
         const { settled: n, settledUid: uid } = await shardOf(run, owner, shard);
         const batches: Batch[] = [];
-        for (const batch of await batchesOf(run, owner, shard)) batches.push(await withMessages({ run }, batch));
+        const { sql, values } = selectBatches(owner, shard, new Map());
+        for (const batch of toBatches(await run(sql, values), new Map())) batches.push(await withMessages({ run }, batch));
         const identity = identityOf(textOf(stored!["value"]), generation, count, shard);
         found.push({ owner: { relay, source: identity.id, shard: identity.shard }, settled: { n, uid }, batches });
       }
