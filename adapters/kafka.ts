@@ -234,6 +234,12 @@ const METADATA_MS = 300_000;
 
 const encoder = new TextEncoder();
 
+/** What is known of a topic. */
+interface Topic {
+  readonly partitions: number;
+  readonly maxBytes: number;
+}
+
 /** Where the messages of a sink go: topics, partitions, headers, and what a topic takes. */
 function createRecords(
   connection: KafkaConnection,
@@ -243,12 +249,12 @@ function createRecords(
   limits: Map<string, number>,
 ) {
   const { topic: fixed, createTopics = false, source = "effectonce", runtime = realRuntime } = options;
-  const known = new Map<string, { readonly partitions: number; readonly maxBytes: number }>();
+  const known = new Map<string, Topic>();
   let knownUntil = runtime.now() + METADATA_MS;
   /** Messages without a key go together, to one partition after the other. */
   let turn = Math.floor(runtime.random() * 1024);
 
-  async function find(topic: string) {
+  async function find(topic: string): Promise<Topic | string> {
     const found = known.get(topic);
     if (found) return found;
     let partitions = await connection.partitions(topic);
@@ -276,15 +282,24 @@ function createRecords(
       known.clear();
       knownUntil = runtime.now() + METADATA_MS;
     },
+    /** The topics that messages go to; or why there is none. */
+    async topicsOf(messages: readonly Message[]): Promise<ReadonlyMap<string, Topic | string>> {
+      const found = new Map<string, Topic | string>();
+      for (const { topic: type } of messages) {
+        const topic = fixed ?? type;
+        if (!found.has(topic)) found.set(topic, known.get(topic) ?? await find(topic));
+      }
+      return found;
+    },
     /**
      * The record of a message.
      *
      * @throws As `refusedMessage` says, if Kafka does not take it.
      */
-    async record(message: Message, more: KafkaRecord["headers"]): Promise<KafkaRecord> {
+    record(message: Message, topics: ReadonlyMap<string, Topic | string>, more: KafkaRecord["headers"]): KafkaRecord {
       const { id, topic: type, value, headers, time } = message;
       const topic = fixed ?? type;
-      const found = known.get(topic) ?? await find(topic);
+      const found = topics.get(topic)!;
       if (typeof found === "string") {
         throw refusedMessage(message, new Error(`topic "${topic}" does not exist in Kafka: ${found}`));
       }
@@ -584,7 +599,7 @@ async function openSession(
   const mark = { opened, offset: marked.offsetOf(topic, partition) ?? 0 };
   const ring = await readRing(connection, place, owner, mark, 2 * transactionTimeoutMs, options.runtime ?? realRuntime);
 
-  const { next, record, portions, tooLarge } = createRecords(connection, name, options, limits);
+  const { next, topicsOf, record, portions, tooLarge } = createRecords(connection, name, options, limits);
   let last: Position | undefined = ring.at(-1);
   let records = ring.at(-1)?.records ?? 0;
   let state: "open" | "broken" | "closed" = "open";
@@ -599,12 +614,10 @@ async function openSession(
       const { n, uid, prev, rows, messages } = batch;
       await next();
       const first = records;
-      const made: KafkaRecord[] = [];
-      for (const message of messages) {
-        made.push(
-          await record(message, [["effectonce-shard", shardText], ["effectonce-position", String(first + made.length)]]),
-        );
-      }
+      const topics = await topicsOf(messages);
+      const made = messages.map((message, i) =>
+        record(message, topics, [["effectonce-shard", shardText], ["effectonce-position", String(first + i)]])
+      );
       const toSend = portions(made);
       const after = first + messages.length;
       toSend.at(-1)!.push(toCursor(encoder.encode(String(n % RING)), { n, uid, prev, rows, records: after, relay, source }));
@@ -812,14 +825,15 @@ export function kafkaPlainSink(client: KafkaClient, options: KafkaPlainSinkOptio
   async function send(group: typeof queue): Promise<void> {
     let connection: KafkaConnection | undefined;
     try {
-      const { producer, next, record, portions, tooLarge, ...rest } = await (opened ??= open());
+      const { producer, next, topicsOf, record, portions, tooLarge, ...rest } = await (opened ??= open());
       connection = rest.connection;
       await next();
+      const topics = await topicsOf(group.map(({ message }) => message));
       const made: KafkaRecord[] = [];
       const sent: typeof queue = [];
       for (const item of group) {
         try {
-          made.push(await record(item.message, []));
+          made.push(record(item.message, topics, []));
           sent.push(item);
         } catch (error) {
           item.reject((error as Error).cause ?? error);
