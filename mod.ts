@@ -1314,6 +1314,13 @@ export interface Outbox extends Source {
    * @throws {EffectError} `busy` while it runs.
    */
   forget(relay: string): Promise<boolean>;
+  /**
+   * Gives a relay that has ended another name, with what it sealed. Its sink knows it by the old one: see there, and there first.
+   * False if there is nothing of it. Not for one that claims: its claims are made under its name.
+   *
+   * @throws {EffectError} `busy` while it runs, `source_invalid` if it claims, or the new name is known.
+   */
+  rename(relay: string, name: string): Promise<boolean>;
   /** Deletes delivered messages that were kept; answers how many. Bounded: call it until it answers 0. */
   prune(options: Omit<PruneOptions, "outboxes">): Promise<number>;
 }

@@ -50,6 +50,7 @@ import {
   alreadyEnqueued,
   chainText,
   checkAdvance,
+  checkRename,
   createGuard,
   createPrune,
   createTurns,
@@ -357,6 +358,21 @@ export function memoryOutbox(store: MemoryStore, options: OutboxOptions = {}): O
         // What it seals next follows on what was delivered, not on what is given up here.
         const { settled, settledUid } = shard;
         memory.state.shards.set(relay, { ...shard, sealed: settled, sealedUid: settledUid, batches: [] });
+        return true;
+      }),
+    rename: (relay, name) =>
+      turns(() => {
+        const theirs = [...memory.sessions].filter((session) => session.relay === relay);
+        const shard = memory.state.shards.get(relay);
+        checkRename(
+          NAME,
+          [relay, name],
+          theirs.map((session) => ({ ...session, live: true })),
+          memory.state.shards.has(name),
+        );
+        if (!shard) return false;
+        memory.state.shards.delete(relay);
+        memory.state.shards.set(name, shard);
         return true;
       }),
     prune: () => Promise.resolve(0),

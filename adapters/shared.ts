@@ -253,6 +253,29 @@ export function overlapping(from: string, other: string, name: string, topics: r
   );
 }
 
+/**
+ * Whether a relay can be renamed.
+ *
+ * @param theirs How the relay is registered.
+ * @param known Whether there is one of the new name.
+ * @throws {EffectError} `busy` while it runs, `source_invalid` if it claims, or the new name is known.
+ */
+export function checkRename(
+  from: string,
+  [relay, name]: readonly [relay: string, name: string],
+  theirs: readonly { readonly protocol: string; readonly live: boolean }[],
+  known: boolean,
+): void {
+  const not = `Cannot rename relay "${relay}" of ${from} to "${name}"`;
+  if (theirs.some(({ live }) => live)) {
+    throw new EffectError("busy", `${not}: it runs, or has died and is waited for. Stop it first`);
+  }
+  if (theirs.some(({ protocol }) => protocol === "claimed")) {
+    throw new EffectError("source_invalid", `${not}: its claims are made under its name, and would be made again`);
+  }
+  if (known) throw new EffectError("source_invalid", `${not}: there is a relay of that name`);
+}
+
 /** Which messages of an outbox a source hands out. */
 export interface OutboxOptions {
   /**

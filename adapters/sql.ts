@@ -42,6 +42,7 @@ import {
   alreadyEnqueued,
   chainText,
   checkAdvance,
+  checkRename,
   createGuard,
   createPrune,
   notClaimed,
@@ -1768,6 +1769,24 @@ export function sqlOutbox(unchecked: SqlServer<never>, options: SqlOutboxOptions
         await run(`delete from ${tables.relays} where relay = ?`, owner);
         return theirs.length > 0;
       }, LOCK_ALL),
+    rename: (relay, to) =>
+      write(async (transaction) => {
+        const { run, later, now } = transaction;
+        const theirs = (await registrations(transaction)).filter((stored) => stored.relay === relay);
+        const isKnown = async (relay: string) =>
+          (await run(`select 1 as found from ${tables.shards} where relay = ? limit 1`, [dialect.name(relay)])).length > 0;
+        checkRename(
+          name,
+          [relay, to],
+          theirs.map((stored) => ({ ...stored, live: stored.untilMs > now() })),
+          await isKnown(to),
+        );
+        if (!await isKnown(relay)) return false;
+        for (const table of [tables.shards, tables.batches, tables.relays]) {
+          await later(`update ${table} set relay = ? where relay = ?`, [dialect.name(to), dialect.name(relay)]);
+        }
+        return true;
+      }, LOCK_META),
     prune: ({ olderThanMs, limit = 1000 }) =>
       write(async ({ run, now }) => {
         const rows = await run(

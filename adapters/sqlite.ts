@@ -56,6 +56,7 @@ import {
   alreadyEnqueued,
   chainText,
   checkAdvance,
+  checkRename,
   createGuard,
   createPrune,
   createTurns,
@@ -1210,6 +1211,23 @@ export function sqliteOutbox(client: SqliteClient, options: SqliteOutboxOptions 
         prepare(`update effectonce_shards set sealed = settled, sealed_uid = settled_uid where relay = ?`).run(relay);
         prepare(`delete from effectonce_relays where relay = ?`).run(relay);
         return theirs.length > 0;
+      }),
+    rename: (relay, to) =>
+      write(() => {
+        const theirs = registrations().filter((stored) => stored.relay === relay);
+        const isKnown = (relay: string) =>
+          prepare(`select 1 from effectonce_shards where relay = ?`).get(relay) !== undefined;
+        checkRename(
+          name,
+          [relay, to],
+          theirs.map((stored) => ({ ...stored, live: stored.until_ms > now() })),
+          isKnown(to),
+        );
+        if (!isKnown(relay)) return false;
+        for (const table of ["shards", "batches", "relays"]) {
+          prepare(`update effectonce_${table} set relay = ? where relay = ?`).run(to, relay);
+        }
+        return true;
       }),
     prune: ({ olderThanMs, limit = 1000 }) =>
       write(() =>

@@ -9,7 +9,7 @@ import { findInKafka, type KafkaCursor, readKafkaCursor, writeKafkaCursor } from
 import type { Command } from "./command.ts";
 import { openEnds } from "./ends.ts";
 import { codeOf, reason, UsageError } from "./errors.ts";
-import type { Flags, FlagTable } from "./flags.ts";
+import { checkedText, type Flags, type FlagTable } from "./flags.ts";
 import { type KafkaUrl, readKafka } from "./kafka.ts";
 import { parts } from "./url.ts";
 import { permitTarget } from "./open.ts";
@@ -169,6 +169,46 @@ const set = (flags: Flags) =>
     return await write(flags, sides, [{ shard, position, records }]);
   });
 
+/**
+ * First the position under the new name, in Kafka, then the name in the database: what ends in between is done again, and
+ * until it is done the old name is the relay's.
+ */
+const rename = (flags: Flags) =>
+  withSides(flags, async ({ kafka, outbox, shards }) => {
+    const [name] = flags.words;
+    const old = flags.text("name")!;
+    checkedText("NEW", name!, { kind: "name", help: "" });
+    if (name === old) throw new UsageError(`the relay's name is "${name}" already`);
+    if (kafka.cursorTopic !== undefined) {
+      throw new UsageError(
+        `${flags.label("to")}: cursor= names a topic that is relay "${old}"'s alone, and none for "${name}"`,
+      );
+    }
+    if ((await outbox.relays()).some(({ relay, live }) => relay === old && live)) {
+      throw new Error(`relay "${old}" runs, or has died and is waited for. Stop it first`);
+    }
+    if (shards.every(({ settled, batches }) => settled.n === 0 && batches.length === 0)) {
+      throw new Error(`the outbox knows nothing that relay "${old}" has delivered: start the new one right away`);
+    }
+    const renamed: Change[] = [];
+    for (const shard of shards) {
+      const [cursor, theirs] = [await look(kafka, shard.owner), await look(kafka, { ...shard.owner, relay: name! })];
+      const { verdict, found } = judge(shard, cursor);
+      if (verdict !== "fits") throw new Error(`relay "${old}" is not fit to be renamed: ${found}`);
+      const [last, there] = [cursor.ring.at(-1), theirs.ring.at(-1)];
+      if (there && !cursor.ring.some(({ uid }) => uid === there.uid)) {
+        throw new Error(`Kafka knows a relay "${name}" already, in topic ${theirs.topic}: take another name`);
+      }
+      if (last && last.uid !== there?.uid) renamed.push({ shard, position: last, records: cursor.records });
+    }
+    for (const { shard: { owner }, position, records } of renamed) {
+      await writeKafkaCursor(kafka.client, { ...owner, relay: name! }, position, records, kafka);
+    }
+    await outbox.rename(old, name!);
+    print(flags, { relay: name, was: old }, `relay "${old}" is called "${name}" now: start it with --name ${name}`);
+    return 0;
+  });
+
 const FLAGS: FlagTable = {
   from: RELAY_FLAGS.from!,
   to: { ...RELAY_FLAGS.to!, help: "the target: kafka://host:9092 as the relay has it" },
@@ -198,5 +238,12 @@ export const CURSOR: Readonly<Record<string, Command>> = {
     flags: { ...FLAGS, shard: { kind: "number", help: "of which shard, from 0" }, yes: YES },
     example: `cursor set 17 ${LINE}`,
     run: set,
+  },
+  "cursor rename": {
+    summary: "give a relay that was stopped another name: it goes on where it was",
+    words: ["NEW"],
+    flags: FLAGS,
+    example: `cursor rename shop ${LINE}`,
+    run: rename,
   },
 };

@@ -3,7 +3,7 @@ import { assert, assertEquals, assertMatch, assertStringIncludes } from "@std/as
 // @ts-types="@types/pg"
 import pg from "pg";
 import { maskedUrl } from "../cli/mask.ts";
-import { assertFailure, assertUsage, emptyBox, type Event } from "./cli_run.ts";
+import { assertFailure, assertUsage, emptyBox, type Event, until } from "./cli_run.ts";
 import { freshName, kafkaOf, makeTopic, readTopic } from "./kafka/topics.ts";
 import { startKafka } from "./services/kafka.ts";
 import { database, service } from "./services/mod.ts";
@@ -118,7 +118,7 @@ async function deleteTopic(name: string): Promise<void> {
   }
 }
 
-Deno.test("a cursor topic that was deleted ends the relay; the cursor is rebuilt from the topics, and nothing goes out twice (acceptance 5)", async () => {
+Deno.test("a cursor topic that was deleted ends the relay; the cursor is rebuilt from the topics, and nothing goes out twice (acceptance 5, 26)", async () => {
   await using shop = await place();
   await shop.enqueue(...ids(1, 6));
   await shop.at.ok(shop.relay("--drain", "--batch", "6"));
@@ -129,6 +129,9 @@ Deno.test("a cursor topic that was deleted ends the relay; the cursor is rebuilt
   relay.kill("SIGKILL");
   await relay.ended();
   const [before] = await shop.at.json(shop.cursor("show")) as { kafka: { topic: string } }[];
+  await deleteTopic(before!.kafka.topic);
+  await makeTopic(BROKERS, { name: before!.kafka.topic, settings: { "cleanup.policy": "compact" } });
+  assertMatch((await shop.at.run(shop.relay("--drain"))).stderr, /ends at batch 0, but \d were delivered/, "made anew");
   await deleteTopic(before!.kafka.topic);
 
   const ended = await shop.at.run(shop.relay("--drain"));
@@ -158,6 +161,55 @@ Deno.test("cursor set says where a relay goes on, and refuses a batch that the o
   await shop.enqueue(...ids(4, 5));
   await shop.at.ok(shop.relay("--drain"));
   assertEquals((await shop.ids()).toSorted(), ids(1, 5).toSorted());
+});
+
+Deno.test("a relay is renamed while writers go on: nothing lost, nothing twice, positions without a gap", async () => {
+  await using shop = await place();
+  const rename = (name: string, ...more: string[]) => ["cursor", "rename", name, ...shop.cursor("rename").slice(2), ...more];
+  let n = 0;
+  let stopped = false;
+  const writing = (async () => {
+    while (!stopped) await shop.enqueue(...ids(++n, n += 4));
+  })();
+  writing.catch(() => {}); // Looked at in the end.
+  async function killed(...more: string[]): Promise<void> {
+    const relay = shop.at.start(shop.relay("--json", "--batch", "2", ...more));
+    await relay.event("delivered");
+    relay.kill("SIGKILL");
+    await relay.ended();
+  }
+  await killed();
+  assertFailure(await shop.at.run(rename("shop")), `relay "default" runs, or has died and is waited for`);
+  // Once before, and that one was killed between Kafka and the database: what it wrote there is old by now.
+  await until(async () =>
+    !(await shop.at.json(["relays", "--store", shop.url]) as { live: boolean }[]).some(({ live }) => live)
+  );
+  const { kafka } = (await shop.at.json(shop.cursor("show")) as { kafka: { n: number; records: number } }[])[0]!;
+  assert(kafka.n > 0 && kafka.records > 0);
+  assertEquals(await shop.at.json(rename("shop")), { relay: "shop", was: "default" });
+  assertFailure(await shop.at.run(rename("other")), `the outbox knows nothing that relay "default" has delivered`);
+  assertFailure(await shop.at.run(shop.relay("--drain")), `relay "shop" has them, or left something behind`);
+  await killed("--name", "shop");
+  stopped = true;
+  await writing;
+  await shop.at.ok(shop.relay("--drain", "--name", "shop"));
+  const seen = await readTopic(BROKERS, shop.topic);
+  assertEquals(seen.map(({ headers }) => headers["ce_id"]!).toSorted(), ids(1, n).toSorted());
+  const positions = seen.map(({ headers }) => Number(headers["effectonce-position"])).toSorted((a, b) => a - b);
+  assertEquals(positions, positions.map((_, i) => i));
+
+  assertUsage(await shop.at.run(rename("shop", "--name", "shop")), `the relay's name is "shop" already`);
+  const named = ["cursor", "rename", "x", "--from", shop.url, "--to", `${KAFKA}?cursor=mine`];
+  assertUsage(await shop.at.run(named), `cursor= names a topic that is relay "default"'s alone`);
+  // The number of shards changes only where nothing is left of the old ones; then all begins anew.
+  await shop.enqueue(...ids(n + 1, n + 3));
+  await killed("--name", "shop");
+  assertFailure(await shop.at.run(["init", "--store", shop.url, "--shards", "2"]), "Cannot change the number of shards");
+  await shop.at.ok(shop.relay("--drain", "--name", "shop"));
+  await shop.at.ok(["init", "--store", shop.url, "--shards", "2"]);
+  await shop.enqueue(...ids(n + 4, n + 9));
+  await shop.at.ok(shop.relay("--drain", "--name", "shop"));
+  assertEquals((await shop.ids()).toSorted(), ids(1, n + 9).toSorted());
 });
 
 Deno.test("a database that went back further than the ring ends the relay; --accept-source goes on with what it has", async () => {
@@ -320,6 +372,56 @@ Deno.test("a relay logs in by SASL, with what the URL or a variable has; a wrong
   const parameters = "user=app&password=env:KAFKA_PASSWORD&sasl=plain";
   const named = await relay(`kafka://127.0.0.1:${port}/${topic}?${parameters}`, { KAFKA_PASSWORD: "s3cret&more" });
   assertEquals([named.code, named.stderr], [0, ""]);
+  assertEquals((await readTopic(cluster.brokers, topic)).map(({ headers }) => headers["ce_id"]), ["k0-1", "k0-2"]);
+});
+
+Deno.test("a relay speaks TLS: with an authority of the URL's, with none and no check, and not with one that nobody knows", async () => {
+  await using shop = await place("sqlite");
+  const [store, pem] = ["broker.p12", "ca.pem"].map((name) => `${shop.at.folder}/${name}`);
+  const keys = ["-alias", "broker", "-keystore", store!, "-storetype", "PKCS12", "-storepass", "password"];
+  const subject = [
+    "-dname",
+    "CN=127.0.0.1",
+    "-ext",
+    "san=ip:127.0.0.1",
+    "-ext",
+    "bc:c",
+    "-keyalg",
+    "RSA",
+    "-validity",
+    "3650",
+  ];
+  for (const args of [["-genkeypair", ...keys, ...subject], ["-exportcert", "-rfc", ...keys, "-file", pem!]]) {
+    const { success, stderr } = await new Deno.Command("keytool", { args }).output();
+    assert(success, new TextDecoder().decode(stderr));
+  }
+  const port = freePort();
+  const login = 'org.apache.kafka.common.security.plain.PlainLoginModule required user_app="s3cret";';
+  const settings = {
+    ...{ "ssl.keystore.location": store!, "ssl.keystore.type": "PKCS12", "ssl.keystore.password": "password" },
+    ...{ "ssl.key.password": "password", "sasl.enabled.mechanisms": "PLAIN", "plain.sasl.jaas.config": login },
+  };
+  await using cluster = await startKafka({ client: { port, protocol: "SASL_SSL", settings } });
+  const topic = await makeTopic(cluster.brokers);
+  const relay = (parameters: string) =>
+    shop.at.run([
+      "relay",
+      "--from",
+      shop.url,
+      "--to",
+      `kafka://app:s3cret@127.0.0.1:${port}/${topic}${parameters}`,
+      "--drain",
+      ...QUICK,
+    ]);
+  await shop.enqueue("k0-1");
+  const unknown = await relay("?sslmode=verify-full");
+  assertEquals(unknown.code, 1);
+  assertMatch(unknown.stderr, /no broker can be reached at .*: self-signed certificate/);
+  for (const [i, parameters] of [`?sslmode=verify-full&sslrootcert=${pem}`, "?sslmode=require"].entries()) {
+    const { code, stderr } = await relay(parameters);
+    assertEquals([code, stderr], [0, ""], parameters);
+    await shop.enqueue(`k0-${i + 2}`);
+  }
   assertEquals((await readTopic(cluster.brokers, topic)).map(({ headers }) => headers["ce_id"]), ["k0-1", "k0-2"]);
 });
 

@@ -14,7 +14,13 @@ import {
 } from "@effectonce/effectonce";
 import { chainText } from "@effectonce/effectonce/adapter";
 import { atomicSinkCases, type OpenAtomicSink } from "@effectonce/effectonce/conformance";
-import { kafkaPlainSink, kafkaSink, type KafkaSinkOptions, partitionOf } from "@effectonce/effectonce/kafka";
+import {
+  type KafkaClient,
+  kafkaPlainSink,
+  kafkaSink,
+  type KafkaSinkOptions,
+  partitionOf,
+} from "@effectonce/effectonce/kafka";
 import { kafkajs } from "@effectonce/effectonce/kafkajs";
 import { memoryOutbox, memoryStore } from "@effectonce/effectonce/memory";
 import { freshName, kafkaOf, makeTopic, readTopic } from "./kafka/topics.ts";
@@ -316,6 +322,86 @@ Deno.test("what an earlier owner left open is aborted, and readers never see it"
   assertEquals(error.code, "fenced");
   await connection.close();
   assertEquals((await readTopic(BROKERS, topic)).map(({ value }) => value), ["a"]);
+});
+
+for (const wrong of [false, true]) {
+  const how = wrong
+    ? "reads the cursor before it takes the id over sends twice, which is noticed"
+    : "takes the id over first does not";
+  Deno.test(`while its predecessor commits an owner comes: one that ${how} (acceptance 7)`, async () => {
+    const topic = await makeTopic(BROKERS);
+    const [owner, cursorTopic] = [{ relay: "r", source: freshName("outbox") }, freshName("cursor")];
+    const old = await sinkOf({ topic, cursorTopic }).open(owner);
+    const first = await batchAfter(START, [messageOf({ id: "a" })]);
+    await old.commit(first);
+    const second = await batchAfter(first, [messageOf({ id: "b" })]);
+    const inner = kafkajs(kafkaOf(BROKERS));
+    const client: KafkaClient = {
+      async open() {
+        const connection = await inner.open();
+        const early = await connection.end(cursorTopic, 0);
+        return {
+          ...connection,
+          async begin(...call) {
+            await old.commit(second);
+            return await connection.begin(...call);
+          },
+          async read(...call) {
+            const { records, next } = await connection.read(...call);
+            // As if it had been read early: but for the own mark nothing is there that came later.
+            const isEarly = ({ offset, value }: typeof records[number]) =>
+              offset < early || new TextDecoder().decode(value!).includes("opened");
+            return { records: wrong ? records.filter(isEarly) : records, next };
+          },
+        };
+      },
+    };
+    const session = await kafkaSink(client, { topic, cursorTopic }).open(owner);
+    assertEquals(session.ring.at(-1)?.n, wrong ? 1 : 2);
+    const error = await session.commit(second).then(() => undefined, (error) => error);
+    assertEquals(error?.code, wrong ? undefined : "fenced");
+    await Promise.all([session.close(), old.close()]);
+    const seen = (await readTopic(BROKERS, topic)).map(({ headers }) => headers["ce_id"]);
+    assertEquals(seen, wrong ? ["a", "b", "b"] : ["a", "b"]);
+  });
+}
+
+Deno.test("partitions that are added under way are used by the next session: nothing lost, nothing twice, no gap", async () => {
+  const topic = await makeTopic(BROKERS, { partitions: 2 });
+  const store = memoryStore();
+  const to = sinkOf({ cursorTopic: freshName("cursor") });
+  const stop = new AbortController();
+  const messages = (from: number) =>
+    Array.from({ length: 40 }, (_, i) => ({ id: `m${from + i}`, topic, key: `k${i}`, value: i }));
+  await store.enqueue(...messages(0));
+  const events: RelayEvent[] = [];
+  const some = Promise.withResolvers<void>();
+  const running = relay({
+    ...{ name: "r", from: memoryOutbox(store), to, pollMs: 5, batch: 7 },
+    signal: stop.signal,
+    observe(event) {
+      events.push(event);
+      if (event.type === "idle") some.resolve();
+      if (events.filter(({ type }) => type === "delivered").length === 80) stop.abort();
+    },
+  });
+  await some.promise;
+  const admin = kafkaOf(BROKERS).admin();
+  await admin.connect();
+  await admin.createPartitions({ topicPartitions: [{ topic, count: 5 }] });
+  await admin.disconnect();
+  await store.enqueue(...messages(40));
+  await running;
+  await store.enqueue(...messages(80));
+  await relay({ name: "r", from: memoryOutbox(store), to, drain: true });
+  const seen = await readTopic(BROKERS, topic);
+  assertEquals(
+    seen.map(({ headers }) => headers["ce_id"]).toSorted(),
+    Array.from({ length: 120 }, (_, i) => `m${i}`).toSorted(),
+  );
+  const last = seen.filter(({ headers }) => Number(headers["ce_id"]!.slice(1)) >= 80);
+  for (const { key, partition } of last) assertEquals(partition, partitionOf(utf8.encode(key!), 5));
+  assertEquals(events.filter(({ type }) => type === "failed" || type === "fenced"), []);
 });
 
 Deno.test("a broker that takes less than it says is sent less, and nothing twice", async () => {

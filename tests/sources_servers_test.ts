@@ -1,4 +1,5 @@
 /** What the outboxes on PostgreSQL, MariaDB and MySQL promise beyond the requirements of all sources. */
+import { renames } from "./servers/renames.ts";
 import { assert, assertEquals, assertMatch, assertRejects } from "@std/assert";
 // @ts-types="@types/pg"
 import pg from "pg";
@@ -726,3 +727,14 @@ eachServer("says that there are no tables, and that they are of a newer version"
   assertEquals(error.code, "schema_newer");
   assertEquals(await count(db, "effectonce_relays"), 0);
 }, { migrated: false });
+
+eachServer(
+  "renames a relay that has ended, with what it sealed; not one that runs or claims, nor to a name that is known",
+  async (db, pool) => {
+    const store = db.store(pool);
+    const over = `update effectonce_relays set until_ms = 0`;
+    const insert = (...ids: readonly string[]) =>
+      enqueue(store, ...ids.map((id) => ({ id, topic: "t", key: id[0]!, value: id })));
+    await renames(db.outbox(pool), () => db.sql(placed(db, over)), insert);
+  },
+);

@@ -1,4 +1,5 @@
 /** The requirements of sources and atomic sinks, on memory, SQLite by both drivers and a file; then what is SQLite's own. */
+import { renames } from "./servers/renames.ts";
 import { assert, assertEquals, assertRejects, assertThrows } from "@std/assert";
 import BetterSqlite3 from "better-sqlite3";
 import { DatabaseSync } from "node:sqlite";
@@ -338,6 +339,16 @@ sqliteTest("tells which relays there are, and gives up the name of one that has 
   assertEquals(messages.map(({ id }) => id), ["a1", "a2", "b1"], "what was sealed is pending");
   assertEquals((await outbox.relays()).map(({ relay, live }) => [relay, live]), [["other", true]]);
 });
+
+sqliteTest(
+  "renames a relay that has ended, with what it sealed; not one that runs or claims, nor to a name that is known",
+  async (open) => {
+    let now = Date.now();
+    const client = open();
+    const outbox = sqliteOutbox(client, { now: () => now });
+    await renames(outbox, () => now += 60_000, (...ids) => enqueue(client, ...ids));
+  },
+);
 
 sqliteTest("goes on under a name that was given up, behind what its sink has", async (open) => {
   let now = Date.now();
