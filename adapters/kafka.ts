@@ -119,17 +119,25 @@ export interface KafkaConnection {
   close(): Promise<void>;
 }
 
+/** A partition of a topic. */
+export interface KafkaPartition {
+  /** The topic. */
+  readonly topic: string;
+  /** Its partition, from 0. */
+  readonly partition: number;
+}
+
 /**
  * One transaction after the other. After an error nobody knows what has happened: end it by `begin`ning anew. `fenced` says
  * that another one has.
  */
 export interface KafkaTransactions {
   /**
-   * Sends records in the transaction, and begins it if need be. Those of one partition stay in order. `tooLarge`: topics of which
-   * a broker has refused some, which it may take in smaller portions.
+   * Sends records in the transaction, and begins it if need be. Those of one partition stay in order. `tooLarge`: partitions for
+   * which a broker has refused them, which it may take in smaller portions.
    */
   send(records: readonly KafkaRecord[]): Promise<{
-    readonly tooLarge: readonly string[];
+    readonly tooLarge: readonly KafkaPartition[];
     /** The offset of the first record for a partition. */
     offsetOf(topic: string, partition: number): number | undefined;
   }>;
@@ -237,16 +245,24 @@ const encoder = new TextEncoder();
 /** What is known of a topic. */
 interface Topic {
   readonly partitions: number;
+  /** What a batch with one record may have. */
   readonly maxBytes: number;
 }
+
+/** What a topic has turned out to take, in bytes: of a single record, and of several together. */
+interface Limits {
+  readonly single: number;
+  readonly several: number;
+}
+const UNLIMITED: Limits = { single: Infinity, several: Infinity };
 
 /** Where the messages of a sink go: topics, partitions, headers, and what a topic takes. */
 function createRecords(
   connection: KafkaConnection,
   name: string,
   options: KafkaSinkOptions,
-  /** What topics take at most, where a broker has refused more: for longer than a session. */
-  limits: Map<string, number>,
+  /** Where a broker has refused more than that: for longer than a session. */
+  limits: Map<string, Limits>,
 ) {
   const { topic: fixed, createTopics = false, source = "effectonce", runtime = realRuntime } = options;
   const known = new Map<string, Topic>();
@@ -268,9 +284,9 @@ function createRecords(
     }
     if (partitions === 0) return "create it, or let the relay create topics (--create-topics)";
     const maxBytes = Number(await connection.setting(topic, MAX_BYTES_NAME) ?? MAX_BYTES);
-    const limit = { partitions, maxBytes: Math.min(maxBytes, limits.get(topic) ?? maxBytes) };
-    known.set(topic, limit);
-    return limit;
+    const limited = { partitions, maxBytes: Math.min(maxBytes, limits.get(topic)?.single ?? maxBytes) };
+    known.set(topic, limited);
+    return limited;
   }
 
   return {
@@ -338,8 +354,9 @@ function createRecords(
         const { topic, partition } = record;
         const place = `${partition} ${topic}`;
         const size = sizeOf(record);
-        const before = sizes.get(place) ?? BATCH_OVERHEAD;
-        if (before + size > known.get(topic)!.maxBytes) {
+        const before = sizes.get(place);
+        const most = Math.min(known.get(topic)!.maxBytes, limits.get(topic)?.several ?? Infinity);
+        if (before !== undefined && before + size > most) {
           portions.push(portion = []);
           sizes = new Map();
         }
@@ -348,17 +365,20 @@ function createRecords(
       }
       return portions;
     },
-    /** A broker takes less at a time of these topics than it says, or did not say. */
-    tooLarge(portion: readonly KafkaRecord[], topics: readonly string[]): Error {
-      for (const topic of topics) {
-        const mine = portion.filter((record) => record.topic === topic);
+    /** A broker takes less at a time for these partitions than it says, or did not say. */
+    tooLarge(portion: readonly KafkaRecord[], refused: readonly KafkaPartition[]): Error {
+      for (const { topic, partition } of refused) {
+        const mine = portion.filter((record) => record.topic === topic && record.partition === partition);
         const size = mine.reduce((sum, record) => sum + sizeOf(record), BATCH_OVERHEAD);
-        limits.set(topic, Math.max(1024, Math.floor(mine.length > 1 ? size / 2 : size - 1)));
+        const { single, several } = limits.get(topic) ?? UNLIMITED;
+        const next = mine.length > 1
+          ? { single, several: Math.min(several, Math.floor(size / 2)) }
+          : { several, single: Math.min(single, size - 1) };
+        limits.set(topic, next);
       }
       known.clear();
-      return new Error(
-        `${name} did not take ${portion.length} records at once for ${topics.join(", ")}: it gets smaller portions`,
-      );
+      const topics = [...new Set(refused.map(({ topic }) => topic))].join(", ");
+      return new Error(`${name} did not take ${portion.length} records at once for ${topics}: it gets smaller portions`);
     },
   };
 }
@@ -435,10 +455,18 @@ function parseRecord(topic: string, value: Uint8Array | null): CursorRecord | Ma
   throw unusable(topic, "it has other records as well. A cursor topic is for one relay alone");
 }
 
-function checkOwner(topic: string, record: CursorRecord | Mark, { relay, source }: PositionOwner): void {
-  if (record.relay === relay && record.source === source) return;
-  const theirs = `it is that of relay "${record.relay}" from source "${record.source}"`;
-  throw unusable(topic, `${theirs}, and this is relay "${relay}" from source "${source}"`);
+/** Records of a cursor topic, which must be this relay's. */
+function ownRecords(
+  topic: string,
+  { relay, source }: PositionOwner,
+  records: readonly { readonly value: Uint8Array | null }[],
+): readonly (CursorRecord | Mark)[] {
+  return records.map(({ value }) => {
+    const record = parseRecord(topic, value);
+    if (record.relay === relay && record.source === source) return record;
+    const theirs = `it is that of relay "${record.relay}" from source "${record.source}"`;
+    throw unusable(topic, `${theirs}, and this is relay "${relay}" from source "${source}"`);
+  });
 }
 
 /** Reads what is there before a mark that was just written. */
@@ -454,9 +482,7 @@ async function readUpTo(
   for (let next = from;;) {
     const answer = await connection.read(topic, partition, next);
     next = answer.next;
-    for (const { value } of answer.records) {
-      const record = parseRecord(topic, value);
-      checkOwner(topic, record, owner);
+    for (const record of ownRecords(topic, owner, answer.records)) {
       if ("uid" in record) found.push(record);
       else if (record.opened === mark.opened) return found;
     }
@@ -529,7 +555,7 @@ async function prepareCursor(
     throw unusable(topic, `its cleanup.policy is "${policy}", which would delete it in time. Set it to "compact"`);
   }
   const { records } = await connection.read(topic, partition, 0);
-  for (const { value } of records) checkOwner(topic, parseRecord(topic, value), owner);
+  ownRecords(topic, owner, records);
 }
 
 // ------------------------------------------------------------------------------------------------------------------- sink
@@ -552,7 +578,7 @@ export function kafkaSink(client: KafkaClient, options: KafkaSinkOptions = {}): 
   if (!Number.isSafeInteger(transactionTimeoutMs) || transactionTimeoutMs < 1000) {
     throw new RangeError(`Cannot use transactionTimeoutMs ${transactionTimeoutMs}: it must be a whole number from 1000`);
   }
-  const limits = new Map<string, number>();
+  const limits = new Map<string, Limits>();
   return {
     kind: "atomic",
     name,
@@ -578,7 +604,7 @@ async function openSession(
   place: CursorPlace,
   owner: PositionOwner,
   options: KafkaSinkOptions & { readonly transactionTimeoutMs: number },
-  limits: Map<string, number>,
+  limits: Map<string, Limits>,
 ): Promise<AtomicSession> {
   const { relay, source, shard } = owner;
   const { transactionTimeoutMs } = options;
@@ -625,7 +651,7 @@ async function openSession(
       state = "broken";
       for (const portion of toSend) {
         const refused = (await transactions.send(portion)).tooLarge;
-        if (refused.includes(topic)) {
+        if (refused.some((place) => place.topic === topic)) {
           throw unusable(
             topic,
             `it does not take the position of ${rows.length} rows: smaller batches (--batch), or more ${MAX_BYTES_NAME}`,
@@ -662,9 +688,6 @@ export interface KafkaCursor {
   readonly records: number;
 }
 
-/** What the operator's functions need to know of a sink. */
-export type KafkaCursorOptions = Pick<KafkaSinkOptions, "topic" | "cursorTopic" | "transactionTimeoutMs">;
-
 /** Where the position of a relay is, or will be. */
 export async function kafkaCursorPlace(
   owner: PositionOwner,
@@ -678,7 +701,7 @@ export async function kafkaCursorPlace(
 export async function readKafkaCursor(
   client: KafkaClient,
   owner: PositionOwner,
-  options: KafkaCursorOptions = {},
+  options: Pick<KafkaSinkOptions, "cursorTopic"> = {},
 ): Promise<KafkaCursor> {
   const { topic, partition } = await placeOf(owner, options.cursorTopic);
   const connection = await client.open();
@@ -691,11 +714,7 @@ export async function readKafkaCursor(
       for (let next = from; next < end;) {
         const answer = await connection.read(topic, partition, next);
         next = answer.next;
-        for (const { value } of answer.records) {
-          const record = parseRecord(topic, value);
-          checkOwner(topic, record, owner);
-          if ("uid" in record) found.push(record);
-        }
+        found.push(...ownRecords(topic, owner, answer.records).filter((record) => "uid" in record));
       }
       const ring = chainOf(found);
       if (!isEnough(ring, from)) continue;
@@ -751,7 +770,7 @@ export async function findInKafka(
   client: KafkaClient,
   batches: readonly Batch[],
   owner: PositionOwner,
-  options: KafkaCursorOptions = {},
+  options: Pick<KafkaSinkOptions, "topic"> = {},
 ): Promise<{ readonly n: number; readonly records: number } | undefined> {
   const connection = await client.open();
   try {
@@ -805,7 +824,7 @@ const TOGETHER = 1000;
  */
 export function kafkaPlainSink(client: KafkaClient, options: KafkaPlainSinkOptions = {}): CallSink & AsyncDisposable {
   const name = nameOf(options);
-  const limits = new Map<string, number>();
+  const limits = new Map<string, Limits>();
   const queue: { readonly message: Message; resolve(answer: Json): void; reject(error: unknown): void }[] = [];
   let busy = false;
   let opened: Promise<Opened> | undefined;

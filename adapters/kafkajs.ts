@@ -18,7 +18,7 @@
  */
 import { Buffer } from "node:buffer";
 import { EffectError } from "../mod.ts";
-import type { KafkaClient, KafkaConnection, KafkaRecord, KafkaTransactions, TopicOptions } from "./kafka.ts";
+import type { KafkaClient, KafkaConnection, KafkaPartition, KafkaRecord, KafkaTransactions, TopicOptions } from "./kafka.ts";
 
 // -------------------------------------------------------------------------------------------------------- what kafkajs has
 
@@ -518,7 +518,17 @@ async function openTransactions(
       }),
     })).filter(({ partitions }) => partitions.length > 0);
     if (topics.length === 0) return;
-    await ask((broker) => broker.addPartitionsToTxn({ transactionalId, ...producer, topics }));
+    const add = (topics: readonly { topic: string; partitions: readonly number[] }[]) =>
+      ask((broker) => broker.addPartitionsToTxn({ transactionalId, ...producer, topics }));
+    try {
+      await add(topics);
+    } catch (error) {
+      // Where one is refused, none is added, and it may be another one's answer that kafkajs throws: each alone tells.
+      if (topics.length > 1 && isOneOf(error, ["OPERATION_NOT_ATTEMPTED"])) {
+        for (const topic of topics) await add([topic]);
+      }
+      throw error;
+    }
     for (const key of added) joined.add(key);
   }
 
@@ -543,7 +553,7 @@ async function openTransactions(
   /** Sends each leader its records; answers those that leaders have not taken because they are none. */
   async function produce(byPartition: ByPartition, offsets: Map<string, number>) {
     const left = new Map<string, Map<number, readonly KafkaRecord[]>>();
-    const tooLarge = new Set<string>();
+    const tooLarge: KafkaPartition[] = [];
     await Promise.all(Array.from(byLeader(byPartition), async ([nodeId, mine]) => {
       const broker = await cluster.findBroker({ nodeId });
       const request = produceRequest(mine, transactionalId, timeoutMs, producer, sequenceOf);
@@ -554,7 +564,7 @@ async function openTransactions(
         if (type !== undefined && NOT_TAKEN.includes(type)) {
           left.set(topic, (left.get(topic) ?? new Map<number, readonly KafkaRecord[]>()).set(partition, records));
         } else if (type !== undefined && TOO_LARGE.includes(type)) {
-          tooLarge.add(topic);
+          tooLarge.push({ topic, partition });
         } else if (type !== undefined) {
           throw Object.assign(new Error(`Kafka did not take records for ${topic}: ${type}`), { type });
         } else {
@@ -584,8 +594,8 @@ async function openTransactions(
         let rest: ByPartition = byPartition;
         for (let tries = 0;; tries++) {
           const { left, tooLarge } = await produce(rest, offsets);
-          if (left.size === 0 || tooLarge.size > 0) {
-            return { tooLarge: [...tooLarge], offsetOf: (topic, partition) => offsets.get(sequenceKey(topic, partition)) };
+          if (left.size === 0 || tooLarge.length > 0) {
+            return { tooLarge, offsetOf: (topic, partition) => offsets.get(sequenceKey(topic, partition)) };
           }
           if (performance.now() > deadline) throw new Error(`Kafka has no leader for topic ${[...left.keys()].join(", ")}`);
           // The same sequence numbers again: should a leader have taken them all the same, the next one knows.
@@ -703,7 +713,7 @@ async function openConnection(kafka: KafkajsKafka): Promise<KafkaConnection> {
         return described?.configEntries.find(({ configName }) => configName === name)?.configValue;
       } catch (error) {
         if (isOneOf(error, FORBIDDEN)) return undefined;
-        throw error;
+        throw explained(error);
       }
     },
     async create(topic, { partitions: numPartitions = -1, copies = -1, settings = {} }: TopicOptions) {

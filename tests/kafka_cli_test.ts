@@ -449,8 +449,8 @@ Deno.test("rights that are missing end a relay with a sentence that names what K
   assertMatch(none.stderr, /Kafka refuses: .*\(TOPIC_AUTHORIZATION_FAILED\)\nSee docs\/operations\.md#sink_invalid/);
   const admin = kafkaOf(cluster.brokers).admin();
   await admin.connect();
-  const may = (resourceType: number, resourceName: string) =>
-    // Allow all, by every host, on what has this name: the numbers are those of the protocol.
+  // The numbers are those of the protocol: all operations, allowed.
+  const may = (resourceType: number, resourceName: string, how = { permissionType: 3, operation: 2 }) =>
     admin.createAcls({
       acl: [{
         resourceType,
@@ -458,17 +458,24 @@ Deno.test("rights that are missing end a relay with a sentence that names what K
         resourcePatternType: 3,
         principal: "User:app",
         host: "*",
-        operation: 2,
-        permissionType: 3,
+        ...how,
       }],
     });
-  const [TOPIC, TRANSACTIONAL_ID] = [2, 5];
-  await may(TOPIC!, "*");
+  const [TOPIC, TRANSACTIONAL_ID, DENY, WRITE] = [2, 5, 2, 4] as const;
+  await may(TOPIC, "*");
   const noId = await relay();
   assertEquals(noId.code, 1);
   assertMatch(noId.stderr, /Kafka refuses: .*\(TRANSACTIONAL_ID_AUTHORIZATION_FAILED\)/);
-  await may(TRANSACTIONAL_ID!, "*");
+  await may(TRANSACTIONAL_ID, "*");
   const all = await relay();
   assertEquals([all.code, all.stderr], [0, ""]);
+  // Of several topics one may only be looked at.
+  const shown = await makeTopic(cluster.brokers);
+  await may(TOPIC, shown, { permissionType: DENY, operation: WRITE });
+  await shop.enqueue("k0-2");
+  await shop.at.ok(["enqueue", "--store", shop.url, "--topic", shown, "--key", "k", "--value", "1"]);
+  const one = await shop.at.run(["relay", "--from", shop.url, "--to", to.replace(`/${topic}`, ""), "--drain", ...QUICK]);
+  assertEquals(one.code, 1);
+  assertMatch(one.stderr, /Kafka refuses: .*\(TOPIC_AUTHORIZATION_FAILED\)/);
   await admin.disconnect();
 });
