@@ -8,6 +8,7 @@ import { type AtomicSink, type CallSink, type ClaimStore, handler, once, relay, 
 import { fileSink } from "../adapters/file.ts";
 import { httpSink } from "../adapters/http.ts";
 import { type SqliteClient, sqliteOutbox, sqliteStore } from "../adapters/sqlite.ts";
+import { say, stopping } from "./stopping.ts";
 
 /** What the child does, and where it stops. */
 export interface Plan {
@@ -48,27 +49,7 @@ export const STEPS: Readonly<Record<Plan["kind"], readonly string[]>> = {
 
 if (import.meta.main) {
   const plan: Plan = JSON.parse(Deno.args[0]!);
-  const say = (text: string) => Deno.stdout.writeSync(new TextEncoder().encode(`${text}\n`));
-  let times = 0;
-  const reach = (step: string) => {
-    if (step !== plan.step || ++times !== plan.time) return;
-    say(`at ${Deno.pid}`);
-    Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0); // For ever: nothing goes on until the SIGKILL.
-  };
-  // A proxy, so that what the relay calls is what is stopped, whatever it calls.
-  const stopping = <T extends object>(name: string, target: T): T =>
-    new Proxy(target, {
-      get(object, property, receiver) {
-        const value: unknown = Reflect.get(object, property, receiver);
-        if (typeof value !== "function") return value;
-        return async (...args: unknown[]) => {
-          reach(`before ${name}.${String(property)}`);
-          const answer: unknown = await value.apply(object, args);
-          reach(`after ${name}.${String(property)}`);
-          return answer !== null && typeof answer === "object" && property === "open" ? stopping(name, answer) : answer;
-        };
-      },
-    });
+  const stop = stopping(plan);
 
   const connect = (path: string): SqliteClient => {
     const client = new DatabaseSync(path);
@@ -76,11 +57,11 @@ if (import.meta.main) {
     return client;
   };
   const client = connect(plan.path);
-  const store: ClaimStore = stopping("store", sqliteStore(client));
-  const source: Source = stopping("source", sqliteOutbox(client));
+  const store: ClaimStore = stop("store", sqliteStore(client));
+  const source: Source = stop("source", sqliteOutbox(client));
 
   if (plan.kind === "once") {
-    const { deliver } = stopping("sink", {
+    const { deliver } = stop("sink", {
       async deliver(key: string): Promise<string> {
         const response = await fetch(plan.target, { method: "POST", headers: { "idempotency-key": key } });
         return await response.text();
@@ -102,7 +83,7 @@ if (import.meta.main) {
           return fileSink(plan.target);
         case "handler": {
           const failed = new Set<string>();
-          const { handle } = stopping("sink", { handle: (id: string) => Promise.resolve(id) });
+          const { handle } = stop("sink", { handle: (id: string) => Promise.resolve(id) });
           return handler(sqliteStore(connect(plan.target)), async (message, _, client) => {
             client.prepare("insert into charges (id, pid) values (?, ?)").run(message.id, Deno.pid);
             await handle(message.id);
@@ -120,7 +101,7 @@ if (import.meta.main) {
         }
       }
     };
-    const to: Sink = stopping("sink", sink());
+    const to: Sink = stop("sink", sink());
     const { leaseMs, drain } = plan;
     const observe = (event: object) => say(JSON.stringify(event));
     const times = { minRetryMs: 1, maxRetryMs: 20, pollMs: 5 };

@@ -36,6 +36,7 @@ import { fileSink } from "../adapters/file.ts";
 import type { ShardedOutbox } from "../adapters/sql.ts";
 import { STEPS } from "./crash_child.ts";
 import type { Kind } from "./services/servers.ts";
+import { say, stopping } from "./stopping.ts";
 
 /** What stores and outboxes take. */
 export type Options = PostgresOutboxOptions & MysqlOutboxOptions;
@@ -218,38 +219,18 @@ export const stepsOf = (kind: Plan["kind"]): readonly string[] =>
 
 if (import.meta.main) {
   const plan: Plan = JSON.parse(Deno.args[0]!);
-  const say = (text: string) => Deno.stdout.writeSync(new TextEncoder().encode(`${text}\n`));
-  let times = 0;
-  const reach = (step: string) => {
-    if (step !== plan.step || ++times !== plan.time) return;
-    say(`at ${Deno.pid}`);
-    Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0); // For ever: nothing goes on until the SIGKILL.
-  };
-  // A proxy, so that what the relay calls is what is stopped, whatever it calls.
-  const stopping = <T extends object>(name: string, target: T): T =>
-    new Proxy(target, {
-      get(object, property, receiver) {
-        const value: unknown = Reflect.get(object, property, receiver);
-        if (typeof value !== "function") return value;
-        return async (...args: unknown[]) => {
-          reach(`before ${name}.${String(property)}`);
-          const answer: unknown = await value.apply(object, args);
-          reach(`after ${name}.${String(property)}`);
-          return answer !== null && typeof answer === "object" && property === "open" ? stopping(name, answer) : answer;
-        };
-      },
-    });
+  const stop = stopping(plan);
   const db = connect(plan.server, plan.url);
   const listen = plan.listen ? new pg.Pool({ connectionString: plan.url }) : undefined;
-  const store: ClaimStore = stopping("store", db.store());
-  const source: Source = stopping("source", db.outbox({ topics: plan.topics, listen }));
+  const store: ClaimStore = stop("store", db.store());
+  const source: Source = stop("source", db.outbox({ topics: plan.topics, listen }));
   const sink = (): CallSink | AtomicSink => {
     if (plan.kind === "file") return fileSink(plan.target);
     if (plan.kind !== "handler") {
       return httpSink(plan.target, { repeat: plan.kind === "http-idempotent" ? "same-key" : "never" });
     }
     const failed = new Set<string>();
-    const { handle } = stopping("sink", { handle: (id: string) => Promise.resolve(id) });
+    const { handle } = stop("sink", { handle: (id: string) => Promise.resolve(id) });
     return ledgerSink(connect(plan.server, plan.target), async (id) => {
       await handle(id);
       // Once in a while a message fails alone, so that batches are taken apart.
@@ -261,7 +242,7 @@ if (import.meta.main) {
   const { leaseMs, drain, name } = plan;
   const observe = (event: object) => say(JSON.stringify(event));
   const pace = { minRetryMs: 1, maxRetryMs: 20, pollMs: 5 };
-  const to: Sink = stopping("sink", sink());
+  const to: Sink = stop("sink", sink());
   await relay({ name, from: source, to, store, leaseMs, drain, lanes: 3, batch: 5, ...pace, observe });
   say("drained");
   Deno.exit(0); // Pools keep a process alive.

@@ -15,6 +15,7 @@ import { sqliteOutbox } from "@effectonce/effectonce/sqlite";
 import { connect } from "../crash_servers_child.ts";
 import type { Kind } from "../services/servers.ts";
 import { kafkaOf } from "./topics.ts";
+import { say, stopping } from "../stopping.ts";
 
 /** What the child does, and where it stops. */
 export interface Plan {
@@ -43,7 +44,7 @@ export interface Plan {
 }
 
 /** Reads rows, sends them, deletes them: what a process that dies in between does again. */
-async function naive({ url, brokers, topic, batch }: Plan, say: (text: string) => void): Promise<void> {
+async function naive({ url, brokers, topic, batch }: Plan): Promise<void> {
   const pool = new pg.Pool({ connectionString: url });
   const producer = kafkaOf(brokers).producer({ idempotent: true, createPartitioner: () => () => 0 });
   await producer.connect();
@@ -66,44 +67,23 @@ async function naive({ url, brokers, topic, batch }: Plan, say: (text: string) =
 
 if (import.meta.main) {
   const plan: Plan = JSON.parse(Deno.args[0]!);
-  const say = (text: string) => Deno.stdout.writeSync(new TextEncoder().encode(`${text}\n`));
-  if (plan.naive) await naive(plan, say);
-  let times = 0;
-  const reach = (step: string) => {
-    if (step !== plan.step || ++times !== plan.time) return;
-    say(`at ${Deno.pid}`);
-    Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0); // For ever: nothing goes on until the SIGKILL.
-  };
-  // A proxy, so that what the relay calls is what is stopped, whatever it calls.
-  const stopping = <T extends object>(name: string, target: T): T =>
-    new Proxy(target, {
-      get(object, property, receiver) {
-        const value: unknown = Reflect.get(object, property, receiver);
-        if (typeof value !== "function") return value;
-        const opens = property === "open" || property === "begin";
-        return async (...args: unknown[]) => {
-          reach(`before ${name}.${String(property)}`);
-          const answer: unknown = await value.apply(object, args);
-          reach(`after ${name}.${String(property)}`);
-          return answer !== null && typeof answer === "object" && opens ? stopping(name, answer) : answer;
-        };
-      },
-    });
+  if (plan.naive) await naive(plan);
+  const stop = stopping(plan);
   const { brokers, topic, leaseMs, drain, batch, transactionTimeoutMs } = plan;
-  const client = stopping("client", kafkajs(kafkaOf(brokers)));
-  const to: AtomicSink = stopping("sink", kafkaSink(client, { topic, transactionTimeoutMs }));
+  const client = stop("client", kafkajs(kafkaOf(brokers)));
+  const to: AtomicSink = stop("sink", kafkaSink(client, { topic, transactionTimeoutMs }));
   const observe = (event: object) => say(JSON.stringify(event));
   const options = { to, leaseMs, drain, batch, minRetryMs: 1, maxRetryMs: 20, pollMs: 5, observe };
   if (plan.server === "sqlite") {
     const database = new DatabaseSync(plan.url);
     database.prepare("pragma busy_timeout = 20").get();
-    const source: Source = stopping("source", sqliteOutbox(database));
+    const source: Source = stop("source", sqliteOutbox(database));
     await relay({ ...options, from: source });
   } else {
     const outbox = connect(plan.server, plan.url).outbox();
     await relayShards({
       ...options,
-      from: { ...outbox, shard: (shard, member) => stopping("source", outbox.shard(shard, member)) },
+      from: { ...outbox, shard: (shard, member) => stop("source", outbox.shard(shard, member)) },
     });
   }
   say("drained");
