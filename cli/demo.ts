@@ -48,11 +48,16 @@ export async function* linesOf(child: Deno.ChildProcess): AsyncGenerator<string>
 }
 
 /** Starts a script of the demo. */
-export function start(script: string, args: readonly string[], stdout: "piped" | "null"): Deno.ChildProcess {
+export function start(
+  script: string,
+  args: readonly string[],
+  stdout: "piped" | "null",
+  env: Readonly<Record<string, string>> = {},
+): Deno.ChildProcess {
   const url = new URL(script, import.meta.url);
   const path = url.protocol === "file:" ? decodeURIComponent(url.pathname) : url.href;
   // deno itself, and not a wrapper: a SIGKILL must hit the process that charges.
-  return new Deno.Command(Deno.execPath(), { args: ["run", "-A", "--quiet", path, ...args], stdout, stderr: "null" })
+  return new Deno.Command(Deno.execPath(), { args: ["run", "-A", "--quiet", path, ...args], stdout, stderr: "null", env })
     .spawn();
 }
 

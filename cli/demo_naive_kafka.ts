@@ -1,15 +1,16 @@
 /**
- * The loop that most people write: read what is pending, send it, then delete it. Arguments: database, brokers, topic.
+ * The loop that most people write: read what is pending, send it, then delete it. Arguments: database, topic. The broker's URL is in
+ * EFFECTONCE_DEMO_KAFKA.
  *
  * @module
  */
 import { DatabaseSync } from "node:sqlite";
-import { loadKafka } from "./kafka.ts";
+import { readKafka } from "./kafka.ts";
 
 if (import.meta.main) {
-  const [path, brokers, topic] = Deno.args;
+  const [path, topic] = Deno.args;
   const db = new DatabaseSync(path!);
-  const kafka = await loadKafka(brokers!.split(","));
+  const kafka = await readKafka("EFFECTONCE_DEMO_KAFKA", Deno.env.get("EFFECTONCE_DEMO_KAFKA")!).kafka();
   const producer = kafka.producer({ idempotent: true, createPartitioner: () => () => 0 });
   await producer.connect();
   for (;;) {

@@ -24,6 +24,8 @@ export interface KafkaUrl {
   /** Whether records and the relay's position are one transaction. */
   readonly transactions: boolean;
   readonly client: KafkaClient;
+  /** kafkajs itself, with what the URL says. */
+  kafka(): Promise<Kafkajs>;
   readonly cursorTopic: string | undefined;
   readonly copies: number | undefined;
   readonly minInsyncReplicas: number | undefined;
@@ -105,21 +107,20 @@ export function readKafka(label: string, url: string): KafkaUrl {
   const transactions = choice(label, read, "transactions", ["on", "off"]) !== "off";
   const own = ["cursor", "copies", "min-insync", "transaction-timeout-ms"].find((name) => parameters.has(name));
   if (!transactions && own !== undefined) throw new UsageError(`${label}: ${own} is of transactions, and they are off`);
+  const kafka = () => {
+    const ssl = tls && {
+      ...{ rejectUnauthorized: tls.verify, ca: tls.ca },
+      ...tls.verify ? {} : { checkServerIdentity: () => undefined },
+    };
+    return loadKafka(brokers, { ssl, sasl });
+  };
   return {
     name: `kafka://${brokers.join(",")}${topic && `/${topic}`}`,
     brokers,
     topic: topic || undefined,
     transactions,
-    client: {
-      async open() {
-        const ssl = tls && {
-          ...{ rejectUnauthorized: tls.verify, ca: tls.ca },
-          ...tls.verify ? {} : { checkServerIdentity: () => undefined },
-        };
-        const kafka = await loadKafka(brokers, { ssl, sasl });
-        return await connect(kafka, brokers);
-      },
-    },
+    client: { open: async () => await connect(await kafka(), brokers) },
+    kafka,
     cursorTopic: parameters.get("cursor") || undefined,
     copies: numberOf(label, read, "copies", 1, 32_767),
     minInsyncReplicas: numberOf(label, read, "min-insync", 1, 32_767),
@@ -160,7 +161,7 @@ interface Kafkajs extends KafkajsKafka {
 }
 
 /** Loads kafkajs, and makes a client. */
-export async function loadKafka(brokers: readonly string[], options: object = {}): Promise<Kafkajs> {
+async function loadKafka(brokers: readonly string[], options: object = {}): Promise<Kafkajs> {
   if (!quiet) {
     quiet = true;
     // kafkajs asks for timers that lie in the past (its requestQueue), about which Deno and Node warn.

@@ -337,23 +337,7 @@ Deno.test("doctor tells of brokers and of where the position is, before and afte
   );
 });
 
-Deno.test("the demo with a broker: the naive loop sends twice, the relay does not, and the topics go again", async () => {
-  await using at = await emptyBox();
-  const { runs } = await at.json(["demo", "--kafka", KAFKA, "--orders", "20"], { deadlineMs: 60_000 }) as {
-    runs: { once: number; twice: number; lost: number; kills: number }[];
-  };
-  const [naive, ours] = runs;
-  assert(naive!.twice > 0 && naive!.kills > 0, JSON.stringify(naive));
-  assertEquals([ours!.once, ours!.twice, ours!.lost], [20, 0, 0]);
-  assert(ours!.kills > 0);
-  const admin = kafkaOf(BROKERS).admin();
-  await admin.connect();
-  const topics = await admin.listTopics();
-  await admin.disconnect();
-  assertEquals(topics.filter((name) => name.startsWith("effectonce-demo-")), []);
-});
-
-Deno.test("a relay logs in by SASL, with what the URL or a variable has; a wrong password ends it with a sentence", async () => {
+Deno.test("a relay, and the demo, log in by SASL, with what the URL or a variable has; a wrong password ends it with a sentence", async () => {
   const port = freePort();
   const login = 'org.apache.kafka.common.security.plain.PlainLoginModule required user_app="s3cret&more";';
   const settings = { "sasl.enabled.mechanisms": "PLAIN", "plain.sasl.jaas.config": login };
@@ -373,6 +357,21 @@ Deno.test("a relay logs in by SASL, with what the URL or a variable has; a wrong
   const named = await relay(`kafka://127.0.0.1:${port}/${topic}?${parameters}`, { KAFKA_PASSWORD: "s3cret&more" });
   assertEquals([named.code, named.stderr], [0, ""]);
   assertEquals((await readTopic(cluster.brokers, topic)).map(({ headers }) => headers["ce_id"]), ["k0-1", "k0-2"]);
+
+  // The demo: the naive loop sends twice, the relay does not, and the topics go again.
+  const { runs } = await shop.at.json(["demo", "--kafka", "env:KAFKA_URL", "--orders", "20"], {
+    deadlineMs: 60_000,
+    env: { KAFKA_URL: `kafka://app:s3cret%26more@127.0.0.1:${port}` },
+  }) as { runs: { once: number; twice: number; lost: number; kills: number }[] };
+  const [naive, ours] = runs;
+  assert(naive!.twice > 0 && naive!.kills > 0, JSON.stringify(naive));
+  assertEquals([ours!.once, ours!.twice, ours!.lost], [20, 0, 0]);
+  assert(ours!.kills > 0);
+  const admin = kafkaOf(cluster.brokers).admin();
+  await admin.connect();
+  const topics = await admin.listTopics();
+  await admin.disconnect();
+  assertEquals(topics.filter((name) => name.startsWith("effectonce-demo-")), []);
 });
 
 Deno.test("a relay speaks TLS: with an authority of the URL's, with none and no check, and not with one that nobody knows", async () => {
