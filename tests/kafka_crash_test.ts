@@ -11,7 +11,7 @@ import { migrateSqlite, sqliteOutbox, sqliteStore } from "@effectonce/effectonce
 import { Running } from "./cli_run.ts";
 import { connect } from "./crash_servers_child.ts";
 import type { Plan } from "./kafka/crash_child.ts";
-import { makeTopic, readTopic } from "./kafka/topics.ts";
+import { makeTopic, readTopic, readTopicInJava } from "./kafka/topics.ts";
 import { database, service } from "./services/mod.ts";
 
 const LONG = Deno.env.get("EFFECTONCE_LONG") === "1";
@@ -219,7 +219,7 @@ for (const server of ["postgres", ...LONG ? ["mariadb", "mysql"] as const : []] 
     const written = await writeWhile(place, killing);
     await killing;
     await place.drain({ batch: 500 });
-    const ids = await place.ids();
+    const ids = (await readTopicInJava(BROKERS, place.topic)).map(({ headers }) => headers["ce_id"]!);
     assert(written.length > 500, `only ${written.length} were written`);
     assertEquals(ids.toSorted(), written.toSorted());
     assertOrder(ids);
@@ -250,7 +250,7 @@ Deno.test("postgres into Kafka: eight shards move between relays that come and g
   const written = await writeWhile(place, moving);
   await moving;
   await place.drain({ batch: 500 });
-  const seen = await readTopic(BROKERS, place.topic);
+  const seen = await readTopicInJava(BROKERS, place.topic);
   const ids = seen.map(({ headers }) => headers["ce_id"]!);
   assertEquals(ids.toSorted(), written.toSorted());
   assertOrder(ids);
@@ -265,17 +265,18 @@ Deno.test("postgres into Kafka: eight shards move between relays that come and g
 
 Deno.test("the loop that most people write doubles messages under the same kills: else the tests above would prove nothing", async () => {
   await using place = await Place.make("postgres", 1);
+  let doubled = 0;
   const killing = (async () => {
-    for (let n = 0; n < 8; n++) {
+    for (let n = 0; n < 100 && doubled === 0; n++) {
       const victim = place.relay({ naive: true, batch: 50 });
       await victim.until((line) => line === "started");
       await new Promise((resolve) => setTimeout(resolve, 200 + Math.random() * 300));
       await kill(victim);
+      const sent = await place.ids();
+      doubled = sent.length - new Set(sent).size;
     }
   })();
-  const written = await writeWhile(place, killing);
+  await writeWhile(place, killing);
   await killing;
-  const sent = await place.ids();
-  const doubled = sent.length - new Set(sent).size;
-  assert(doubled > 0, `${sent.length} messages of ${written.length}, and none twice: the kills did not hit`);
+  assert(doubled > 0, "none came twice: the kills did not hit");
 });

@@ -1,5 +1,6 @@
 /** Topics for tests, and what readers see in them. */
 import { type IHeaders, Kafka, logLevel } from "kafkajs";
+import { kafkaClassPath } from "../services/kafka.ts";
 
 /** kafkajs itself, for what a test does besides the relay. */
 export function kafkaOf(brokers: string): Kafka {
@@ -123,5 +124,35 @@ export async function readTopic(brokers: string, topic: string): Promise<readonl
   });
   await done.promise;
   await consumer.disconnect();
+  return seen.sort((a, b) => a.partition - b.partition || a.offset - b.offset);
+}
+
+/**
+ * All that is in a topic, for Kafka's own consumer in Java at read_committed, partition by partition. That of kafkajs takes aborted
+ * records for committed ones where transactions of several producers overlap: it takes the list of aborted transactions for one in
+ * order of their first offsets.
+ */
+export async function readTopicInJava(brokers: string, topic: string): Promise<readonly Seen[]> {
+  const properties = ["headers", "partition", "offset", "key"].flatMap((
+    what,
+  ) => ["--formatter-property", `print.${what}=true`]);
+  const { success, stdout, stderr } = await new Deno.Command("java", {
+    args: [
+      ...["-cp", await kafkaClassPath(), "org.apache.kafka.tools.consumer.ConsoleConsumer"],
+      ...["--bootstrap-server", brokers, "--topic", topic, "--from-beginning", "--isolation-level", "read_committed"],
+      ...["--timeout-ms", "5000", ...properties],
+    ],
+  }).output();
+  const [out, err] = [stdout, stderr].map((bytes) => new TextDecoder().decode(bytes));
+  if (!success) throw new Error(`Kafka's consumer failed: ${err}`);
+  const seen = out!.trimEnd().split("\n").map((line): Seen => {
+    const found = /^Partition:(\d+)\tOffset:(\d+)\t(.*)\t([^\t]*)\t([^\t]*)$/.exec(line);
+    if (!found) throw new Error(`Kafka's consumer printed what is no record: ${line}`);
+    const [, partition, offset, headers, key, value] = found;
+    return {
+      ...{ partition: Number(partition), offset: Number(offset), key: key!, value: value! },
+      headers: Object.fromEntries(headers!.split(",").map((header) => header.split(/:(.*)/s).slice(0, 2))),
+    };
+  });
   return seen.sort((a, b) => a.partition - b.partition || a.offset - b.offset);
 }

@@ -12,7 +12,7 @@ import { dataFolder } from "./servers.ts";
 const VERSION = "4.3.1";
 const IMAGE = `apache/kafka:${VERSION}`;
 /** It comes here whole, by a rename. */
-const JARS = `${CACHE}/kafka-${VERSION}`;
+const JARS = `${CACHE}/kafka-${VERSION}-tools`;
 
 const POM = `<project xmlns="http://maven.apache.org/POM/4.0.0">
   <modelVersion>4.0.0</modelVersion>
@@ -23,6 +23,11 @@ const POM = `<project xmlns="http://maven.apache.org/POM/4.0.0">
     <dependency>
       <groupId>org.apache.kafka</groupId>
       <artifactId>kafka_2.13</artifactId>
+      <version>${VERSION}</version>
+    </dependency>
+    <dependency>
+      <groupId>org.apache.kafka</groupId>
+      <artifactId>kafka-tools</artifactId>
       <version>${VERSION}</version>
     </dependency>
   </dependencies>
