@@ -1315,12 +1315,13 @@ export interface Outbox extends Source {
    */
   forget(relay: string): Promise<boolean>;
   /**
-   * Gives a relay that has ended another name, with what it sealed. Its sink knows it by the old one: see there, and there first.
-   * False if there is nothing of it. Not for one that claims: its claims are made under its name.
+   * Gives a relay that has ended another name, with what it sealed. From then on the old name is refused, and the new one until
+   * `move` has taken the position in its sink along; what ends in between is done by another call. False if there is nothing of
+   * the relay. Not for one that claims: its claims are made under its name.
    *
    * @throws {EffectError} `busy` while it runs, `source_invalid` if it claims, or the new name is known.
    */
-  rename(relay: string, name: string): Promise<boolean>;
+  rename(relay: string, name: string, move: () => Promise<void>): Promise<boolean>;
   /** Deletes delivered messages that were kept; answers how many. Bounded: call it until it answers 0. */
   prune(options: Omit<PruneOptions, "outboxes">): Promise<number>;
 }

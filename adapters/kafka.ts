@@ -249,6 +249,9 @@ interface Topic {
   readonly maxBytes: number;
 }
 
+/** Topics; or why there is none; or what went wrong when they were looked up. */
+type Topics = ReadonlyMap<string, Topic | string | Error>;
+
 /** What a topic has turned out to take, in bytes: of a single record, and of several together. */
 interface Limits {
   readonly single: number;
@@ -298,12 +301,13 @@ function createRecords(
       known.clear();
       knownUntil = runtime.now() + METADATA_MS;
     },
-    /** The topics that messages go to; or why there is none. */
-    async topicsOf(messages: readonly Message[]): Promise<ReadonlyMap<string, Topic | string>> {
-      const found = new Map<string, Topic | string>();
+    /** The topics that messages go to. */
+    async topicsOf(messages: readonly Message[]): Promise<Topics> {
+      const found = new Map<string, Topic | string | Error>();
       for (const { topic: type } of messages) {
         const topic = fixed ?? type;
-        if (!found.has(topic)) found.set(topic, known.get(topic) ?? await find(topic));
+        if (found.has(topic)) continue;
+        found.set(topic, known.get(topic) ?? await find(topic).catch((error: Error) => error));
       }
       return found;
     },
@@ -312,10 +316,11 @@ function createRecords(
      *
      * @throws As `refusedMessage` says, if Kafka does not take it.
      */
-    record(message: Message, topics: ReadonlyMap<string, Topic | string>, more: KafkaRecord["headers"]): KafkaRecord {
+    record(message: Message, topics: Topics, more: KafkaRecord["headers"]): KafkaRecord {
       const { id, topic: type, value, headers, time } = message;
       const topic = fixed ?? type;
       const found = topics.get(topic)!;
+      if (found instanceof Error) throw found;
       if (typeof found === "string") {
         throw refusedMessage(message, new Error(`topic "${topic}" does not exist in Kafka: ${found}`));
       }
@@ -598,6 +603,29 @@ export function kafkaSink(client: KafkaClient, options: KafkaSinkOptions = {}): 
   };
 }
 
+/** Shuts out whoever had a relay's position, and reads it. */
+async function takeOver(
+  connection: KafkaConnection,
+  place: CursorPlace,
+  owner: PositionOwner,
+  { transactionTimeoutMs, runtime = realRuntime }: {
+    readonly transactionTimeoutMs: number;
+    readonly runtime?: Pick<Runtime, "now">;
+  },
+): Promise<{ readonly transactions: KafkaTransactions; readonly ring: readonly CursorRecord[] }> {
+  const { relay, source } = owner;
+  const { topic, partition } = place;
+  // In this order: nobody can commit a position any more that is not in what is read then.
+  const transactions = await connection.begin(transactionalId(owner), transactionTimeoutMs);
+  const opened = crypto.randomUUID();
+  const value = encoder.encode(JSON.stringify({ opened, relay, source } satisfies Mark));
+  const marked = await transactions.send([{ topic, partition, key: MARK, value, headers: [] }]);
+  await transactions.commit();
+  const mark = { opened, offset: marked.offsetOf(topic, partition) ?? 0 };
+  const ring = await readRing(connection, place, owner, mark, 2 * transactionTimeoutMs, runtime);
+  return { transactions, ring };
+}
+
 async function openSession(
   connection: KafkaConnection,
   name: string,
@@ -607,9 +635,8 @@ async function openSession(
   limits: Map<string, Limits>,
 ): Promise<AtomicSession> {
   const { relay, source, shard } = owner;
-  const { transactionTimeoutMs } = options;
   const { topic, partition } = place;
-  const toCursor = (key: Uint8Array, value: CursorRecord | Mark): KafkaRecord => ({
+  const toCursor = (key: Uint8Array, value: CursorRecord): KafkaRecord => ({
     topic,
     partition,
     key,
@@ -617,13 +644,7 @@ async function openSession(
     headers: [],
   });
   await prepareCursor(connection, place, owner, options);
-  // In this order: nobody can commit a position any more that is not in what is read then.
-  const transactions = await connection.begin(transactionalId(owner), transactionTimeoutMs);
-  const opened = crypto.randomUUID();
-  const marked = await transactions.send([toCursor(MARK, { opened, relay, source })]);
-  await transactions.commit();
-  const mark = { opened, offset: marked.offsetOf(topic, partition) ?? 0 };
-  const ring = await readRing(connection, place, owner, mark, 2 * transactionTimeoutMs, options.runtime ?? realRuntime);
+  const { transactions, ring } = await takeOver(connection, place, owner, options);
 
   const { next, topicsOf, record, portions, tooLarge } = createRecords(connection, name, options, limits);
   let last: Position | undefined = ring.at(-1);
@@ -752,6 +773,37 @@ export async function writeKafkaCursor(
     const { tooLarge } = await transactions.send([{ topic, partition, key, value, headers: [] }]);
     if (tooLarge.length > 0) {
       throw unusable(topic, `it does not take the position of ${rows.length} rows: more ${MAX_BYTES_NAME}`);
+    }
+    await transactions.commit();
+  } finally {
+    await connection.close();
+  }
+}
+
+/**
+ * Takes a relay's position from it, for good, and gives it to another name: whoever still has the old one is shut out, and finds
+ * that its outbox refuses it. Repeating it is harmless.
+ */
+export async function moveKafkaCursor(
+  client: KafkaClient,
+  owner: PositionOwner,
+  relay: string,
+  options: Pick<KafkaSinkOptions, "transactionTimeoutMs" | "copies" | "minInsyncReplicas"> = {},
+): Promise<void> {
+  const { transactionTimeoutMs = 30_000 } = options;
+  const [old, heir] = [owner, { ...owner, relay }];
+  const place = await placeOf(old, undefined);
+  const connection = await client.open();
+  try {
+    if (await connection.partitions(place.topic) <= place.partition) return; // It never began.
+    const { ring } = await takeOver(connection, place, old, { transactionTimeoutMs });
+    if (ring.length === 0) return;
+    const next = await placeOf(heir, undefined);
+    await prepareCursor(connection, next, heir, options);
+    const transactions = await connection.begin(transactionalId(heir), transactionTimeoutMs);
+    for (const { n, uid, prev, rows, records } of ring) {
+      const value = encoder.encode(JSON.stringify({ n, uid, prev, rows, records, relay, source: owner.source }));
+      await transactions.send([{ ...next, key: encoder.encode(String(n % RING)), value, headers: [] }]);
     }
     await transactions.commit();
   } finally {

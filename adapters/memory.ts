@@ -50,13 +50,13 @@ import {
   alreadyEnqueued,
   chainText,
   checkAdvance,
-  checkRename,
   createGuard,
   createPrune,
   createTurns,
   notClaimed,
   type OutboxOptions,
   overlapping,
+  renamePlan,
   settledShard,
   settlePlan,
   type Shard,
@@ -360,21 +360,20 @@ export function memoryOutbox(store: MemoryStore, options: OutboxOptions = {}): O
         memory.state.shards.set(relay, { ...shard, sealed: settled, sealedUid: settledUid, batches: [] });
         return true;
       }),
-    rename: (relay, name) =>
-      turns(() => {
-        const theirs = [...memory.sessions].filter((session) => session.relay === relay);
-        const shard = memory.state.shards.get(relay);
-        checkRename(
-          NAME,
-          [relay, name],
-          theirs.map((session) => ({ ...session, live: true })),
-          memory.state.shards.has(name),
-        );
-        if (!shard) return false;
-        memory.state.shards.delete(relay);
-        memory.state.shards.set(name, shard);
-        return true;
-      }),
+    async rename(relay, name, move) {
+      const theirs = [...memory.sessions].filter((session) => session.relay === relay).map((session) => ({
+        ...session,
+        live: true,
+      }));
+      const isKnown = (relay: string) => (memory.state.shards.get(relay)?.sealed ?? 0) > 0;
+      const plan = await turns(() => renamePlan(NAME, [relay, name], { theirs, renamed: [], isKnown }));
+      if (!plan) return false;
+      await move();
+      return await turns(() => {
+        memory.state.shards.set(name, memory.state.shards.get(relay)!);
+        return memory.state.shards.delete(relay);
+      });
+    },
     prune: () => Promise.resolve(0),
     // deno-lint-ignore require-await -- what throws here must reject
     async open({ relay, protocol, onPark }) {

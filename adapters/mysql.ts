@@ -478,7 +478,7 @@ function migrations(tables: Tables, flavor: MysqlFlavor): readonly (readonly str
   ${indexes.join(",\n  ")}
 ${end}`];
   return [[
-    `${create(meta)} (name ${ascii(64)} primary key, value ${ascii(255)} not null${end}`,
+    `${create(meta)} (name ${ascii(64)} primary key, value text character set utf8mb4 collate utf8mb4_bin not null${end}`,
     ...ofOutbox,
     `${create(effects)} (
   scope ${name} ${bytes("scope")},

@@ -152,21 +152,22 @@ function numbered(sql: string): string {
   return text;
 }
 
-const encoder = new TextEncoder();
 const hex = (bytes: Uint8Array): string => Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
 
-/** A value as a literal that means the same under every setting of the session. */
+/** A value as a literal of no type that means the same under every setting of the session. */
 function literal(value: SqlValue): string {
   if (value === null) return "null";
   if (typeof value === "number" || typeof value === "boolean") return String(value);
   if (typeof value !== "string") return `decode('${hex(value)}', 'hex')`;
-  return PLAIN.test(value) ? `'${value}'` : `convert_from(decode('${hex(encoder.encode(value))}', 'hex'), 'UTF8')`;
+  if (PLAIN.test(value)) return `'${value}'`;
+  const escaped = (character: string) => `\\U${character.codePointAt(0)!.toString(16).padStart(8, "0")}`;
+  return `E'${value.replace(SPECIAL, escaped)}'`;
 }
-/** Printable ASCII without apostrophe and backslash, and without the question mark of placeholders. */
+/** Printable ASCII without apostrophe and backslash, and without the question mark of placeholders; and what is not. */
 const PLAIN = /^[ -&(->@-[\]-~]*$/;
-const isPlain = (value: SqlValue): boolean =>
-  value === null || typeof value === "number" || typeof value === "boolean" ||
-  typeof value === "string" && PLAIN.test(value);
+const SPECIAL = /[^ -&(->@-[\]-~]/gu;
+/** Bytes would be twice as long. */
+const isInlined = (value: SqlValue): boolean => !(value instanceof Uint8Array);
 function inlined(sql: string, values: readonly SqlValue[]): string {
   let n = 0;
   return sql.replace(/\?/g, () => literal(values[n++]!));
@@ -425,12 +426,12 @@ function createServer<Client>(source: PostgresPool | PostgresDatabase, options: 
           const transaction: Omit<Transaction, "first" | "now"> = {
             async run(sql, values = []) {
               if (waiting.length === 0) return await run(sql, values);
-              if (values.every(isPlain)) return (await together(inlined(sql, values))).at(-1)!.rows;
+              if (values.every(isInlined)) return (await together(inlined(sql, values))).at(-1)!.rows;
               await together("select 1");
               return await run(sql, values);
             },
             async later(sql, values = []) {
-              if (values.every(isPlain)) waiting.push(inlined(sql, values));
+              if (values.every(isInlined)) waiting.push(inlined(sql, values));
               else await transaction.run(sql, values);
             },
           };

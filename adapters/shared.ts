@@ -253,27 +253,71 @@ export function overlapping(from: string, other: string, name: string, topics: r
   );
 }
 
+/** A relay that has another name now; `moved`: in its sink as well. */
+export interface Renamed {
+  /** Its old name. */
+  readonly from: string;
+  /** Its new one. */
+  readonly to: string;
+  /** Whether its sink knows it by that. */
+  readonly moved: boolean;
+}
+
+/** Under which name of the table of versions and identity it is kept that a relay was renamed. */
+export async function renamedName(relay: string): Promise<string> {
+  const digest = new Uint8Array(await crypto.subtle.digest("SHA-256", new TextEncoder().encode(relay)));
+  return `renamed:${Array.from(digest.subarray(0, 16), (byte) => byte.toString(16).padStart(2, "0")).join("")}`;
+}
+
 /**
- * Whether a relay can be renamed.
+ * Whether a relay may have this name.
  *
- * @param theirs How the relay is registered.
- * @param known Whether there is one of the new name.
- * @throws {EffectError} `busy` while it runs, `source_invalid` if it claims, or the new name is known.
+ * @throws {EffectError} `source_invalid` if it was given up, or is not there yet.
  */
-export function checkRename(
-  from: string,
+export function checkRenamed(source: string, relay: string, all: readonly Renamed[]): void {
+  const gone = all.find(({ from }) => from === relay);
+  if (gone) {
+    throw new EffectError("source_invalid", `Relay "${relay}" of ${source} is called "${gone.to}" now: use that name`);
+  }
+  const half = all.find(({ to, moved }) => to === relay && !moved);
+  if (!half) return;
+  const how = `is just being renamed from "${half.from}". If that has failed, do it again`;
+  throw new EffectError("source_invalid", `Relay "${relay}" of ${source} ${how}`);
+}
+
+/** What is known when a relay is to be renamed. */
+export interface RenameState {
+  /** How it is registered. */
+  readonly theirs: readonly { readonly protocol: string; readonly live: boolean }[];
+  /** Which relays were renamed. */
+  readonly renamed: readonly Renamed[];
+  /** Whether a relay has sealed anything. */
+  isKnown(relay: string): boolean;
+}
+
+/**
+ * What is to be done to rename a relay: all of it, the move in its sink alone, or nothing, where it was done before; undefined if
+ * there is nothing of it.
+ *
+ * @throws {EffectError} As `Outbox.rename` says.
+ */
+export function renamePlan(
+  source: string,
   [relay, name]: readonly [relay: string, name: string],
-  theirs: readonly { readonly protocol: string; readonly live: boolean }[],
-  known: boolean,
-): void {
-  const not = `Cannot rename relay "${relay}" of ${from} to "${name}"`;
+  { theirs, renamed, isKnown }: RenameState,
+): "all" | "move" | "nothing" | undefined {
+  const not = `Cannot rename relay "${relay}" of ${source} to "${name}"`;
+  const before = renamed.find(({ from }) => from === relay);
+  if (before && before.to !== name) throw new EffectError("source_invalid", `${not}: it is called "${before.to}" now`);
+  if (before) return before.moved ? "nothing" : "move";
   if (theirs.some(({ live }) => live)) {
     throw new EffectError("busy", `${not}: it runs, or has died and is waited for. Stop it first`);
   }
   if (theirs.some(({ protocol }) => protocol === "claimed")) {
     throw new EffectError("source_invalid", `${not}: its claims are made under its name, and would be made again`);
   }
-  if (known) throw new EffectError("source_invalid", `${not}: there is a relay of that name`);
+  if (isKnown(name)) throw new EffectError("source_invalid", `${not}: there is a relay of that name`);
+  return isKnown(relay) ? "all" : undefined;
 }
 
 /** Which messages of an outbox a source hands out. */

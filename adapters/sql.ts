@@ -42,12 +42,15 @@ import {
   alreadyEnqueued,
   chainText,
   checkAdvance,
-  checkRename,
+  checkRenamed,
   createGuard,
   createPrune,
   notClaimed,
   type OutboxOptions,
   overlapping,
+  type Renamed,
+  renamedName,
+  renamePlan,
   settledShard,
   settlePlan,
   type Shard,
@@ -501,8 +504,10 @@ const optionalText = (value: unknown): string | null => value === null ? null : 
 export const bytesOf = (value: unknown): Uint8Array | null => {
   if (value === null) return null;
   if (value instanceof Uint8Array) return new Uint8Array(value.buffer, value.byteOffset, value.byteLength);
-  if (typeof value === "string" && /^\\x([0-9a-f]{2})*$/.test(value)) {
-    return Uint8Array.from(value.slice(2).match(/../g) ?? [], (byte) => parseInt(byte, 16));
+  if (typeof value === "string" && value.startsWith("\\x") && value.length % 2 === 0) {
+    const bytes = new Uint8Array(value.length / 2 - 1);
+    for (let i = 0; i < bytes.length; i++) bytes[i] = parseInt(value.slice(2 * i + 2, 2 * i + 4), 16);
+    return bytes;
   }
   throw new EffectError("source_invalid", "The driver gives bytes as something else: leave its type parsers as they are");
 };
@@ -791,21 +796,20 @@ export function sqlStore<Client>(unchecked: SqlServer<Client>): EffectStore<Clie
     change<T>(steps: readonly { readonly key: EffectKey; readonly step: EffectStep<T> }[]) {
       // What an attempt would have answered whose COMMIT may have arrived, though its own answer was lost, by its token.
       const before = new Map<number, readonly T[]>();
-      const [first, ...rest] = Array.from(portions(distinct(steps.map(({ key }) => key))), (portion) => {
-        const { sql, values } = dialect.only(table, portion);
-        return { sql: `select ${columns}, token from ${sql} order by scope, "key" for update`, values };
-      });
+      // Bound, each by itself: keys and results are the application's, and texts of statements are logged.
       return write(async (transaction) => {
         const token = randomToken();
         const found = new Map<string, EffectRow>();
-        const rows = transaction.first.flat();
-        for (const { sql, values } of rest) rows.push(...await transaction.run(sql, values));
-        for (const stored of rows) {
-          const answers = before.get(Number(stored["token"]));
-          if (answers) return answers;
-          const row = toEffect(stored);
-          const free = row.state === "claimed" && untold.has(Number(stored["token"]));
-          found.set(joined(row), free ? { ...row, untilMs: 0, firstMs: row.doubt ? row.firstMs : null } : row);
+        for (const portion of portions(distinct(steps.map(({ key }) => key)))) {
+          const { sql: only, values } = dialect.only(table, portion);
+          const select = `select ${columns}, token from ${only} order by scope, "key" for update`;
+          for (const stored of await transaction.run(select, values)) {
+            const answers = before.get(Number(stored["token"]));
+            if (answers) return answers;
+            const row = toEffect(stored);
+            const free = row.state === "claimed" && untold.has(Number(stored["token"]));
+            found.set(joined(row), free ? { ...row, untilMs: 0, firstMs: row.doubt ? row.firstMs : null } : row);
+          }
         }
         const now = Math.floor(transaction.now());
         const [inserts, updates] = [new Map<string, EffectRow>(), new Map<string, EffectRow>()];
@@ -823,7 +827,7 @@ export function sqlStore<Client>(unchecked: SqlServer<Client>): EffectStore<Clie
           for (const portion of portions(distinct([...rows.values()]))) {
             const values = portion.flatMap((key) => [...fromEffect(rows.get(joined(key))!, dialect), token]);
             const insert = `insert into ${table} (${columns}, token) values ${rowsOf(portion.length, COLUMNS.length + 1)}`;
-            if (!isNew) await transaction.later(insert + dialect.replace, values);
+            if (!isNew) await transaction.run(insert + dialect.replace, values);
             else if (!await dialect.insertNew(transaction.run, insert, values, portion.length)) {
               throw new LostRace("another caller has claimed one of these effects");
             }
@@ -831,7 +835,7 @@ export function sqlStore<Client>(unchecked: SqlServer<Client>): EffectStore<Clie
         }
         before.set(token, answers);
         return answers;
-      }, first && [first]).catch((error) => {
+      }).catch((error) => {
         for (const [token, answers] of before) if (answers.some(isClaim)) untold.add(token);
         throw error;
       });
@@ -1207,6 +1211,10 @@ export function sqlOutbox(unchecked: SqlServer<never>, options: SqlOutboxOptions
     }
   }
 
+  async function renames({ run }: Pick<Transaction, "run">): Promise<readonly Renamed[]> {
+    const rows = await run(`select value from ${tables.meta} where name like 'renamed:%'`);
+    return rows.map((row) => JSON.parse(textOf(row["value"])));
+  }
   async function registrations({ run }: Pick<Transaction, "run">): Promise<readonly StoredRelay[]> {
     const rows = await run(
       `select instance, relay, protocol, topics, until_ms from ${tables.relays} order by relay, until_ms`,
@@ -1331,6 +1339,7 @@ export function sqlOutbox(unchecked: SqlServer<never>, options: SqlOutboxOptions
 
     async function register(transaction: Transaction) {
       const { run, now } = transaction;
+      checkRenamed(name, relay, await renames(transaction));
       let inherited = false;
       for (const other of await registrations(transaction)) {
         const theirs = other.topics;
@@ -1769,24 +1778,52 @@ export function sqlOutbox(unchecked: SqlServer<never>, options: SqlOutboxOptions
         await run(`delete from ${tables.relays} where relay = ?`, owner);
         return theirs.length > 0;
       }, LOCK_ALL),
-    rename: (relay, to) =>
-      write(async (transaction) => {
+    async rename(relay, to, move) {
+      const [mark, markOfNew] = [await renamedName(relay), await renamedName(to)];
+      const note = async ({ later }: Transaction, moved: boolean) => {
+        await later(`delete from ${tables.meta} where name in (?, ?)`, [mark, markOfNew]);
+        const value = JSON.stringify({ from: relay, to, moved } satisfies Renamed);
+        await later(`insert into ${tables.meta} (name, value) values (?, ?)`, [mark, value]);
+      };
+      const [old, fresh] = [dialect.name(relay), dialect.name(to)];
+      const plan = await write(async (transaction) => {
         const { run, later, now } = transaction;
         const theirs = (await registrations(transaction)).filter((stored) => stored.relay === relay);
-        const isKnown = async (relay: string) =>
-          (await run(`select 1 as found from ${tables.shards} where relay = ? limit 1`, [dialect.name(relay)])).length > 0;
-        checkRename(
-          name,
-          [relay, to],
-          theirs.map((stored) => ({ ...stored, live: stored.untilMs > now() })),
-          await isKnown(to),
-        );
-        if (!await isKnown(relay)) return false;
-        for (const table of [tables.shards, tables.batches, tables.relays]) {
-          await later(`update ${table} set relay = ? where relay = ?`, [dialect.name(to), dialect.name(relay)]);
+        const members = await run(`select 1 as found from ${tables.members} where relay = ? and until_ms > ? limit 1`, [
+          old,
+          Math.floor(now()),
+        ]);
+        const known = await run(`select relay from ${tables.shards} where relay in (?, ?) and sealed > 0`, [old, fresh]);
+        const plan = renamePlan(name, [relay, to], {
+          theirs: [
+            ...theirs.map((stored) => ({ ...stored, live: stored.untilMs > now() })),
+            ...members.map(() => ({ protocol: "sealed", live: true })),
+          ],
+          renamed: await renames(transaction),
+          isKnown: (relay) => known.some((row) => textOf(row["relay"]) === relay),
+        });
+        if (plan !== "all") return plan;
+        await note(transaction, false);
+        await later(`delete from ${tables.shards} where relay = ?`, [fresh]);
+        for (const table of [tables.shards, tables.batches]) {
+          await later(`update ${table} set relay = ? where relay = ?`, [fresh, old]);
         }
-        return true;
-      }, LOCK_META),
+        // As others, so that one that sleeps does not take them for its own.
+        await later(`delete from ${tables.relays} where relay = ?`, [old]);
+        for (const { protocol, topics } of theirs) {
+          await later(
+            `insert into ${tables.relays} (instance, relay, protocol, topics, until_ms) values (?, ?, ?, ?, 0)`,
+            [crypto.randomUUID(), fresh, protocol, topics && JSON.stringify(topics)],
+          );
+        }
+        return plan;
+      }, LOCK_META);
+      if (plan === "all" || plan === "move") {
+        await move();
+        await write((transaction) => note(transaction, true), LOCK_META);
+      }
+      return plan !== undefined;
+    },
     prune: ({ olderThanMs, limit = 1000 }) =>
       write(async ({ run, now }) => {
         const rows = await run(

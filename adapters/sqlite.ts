@@ -56,13 +56,16 @@ import {
   alreadyEnqueued,
   chainText,
   checkAdvance,
-  checkRename,
+  checkRenamed,
   createGuard,
   createPrune,
   createTurns,
   notClaimed,
   type OutboxOptions,
   overlapping,
+  type Renamed,
+  renamedName,
+  renamePlan,
   settledShard,
   settlePlan,
   type Shard,
@@ -939,6 +942,10 @@ export function sqliteOutbox(client: SqliteClient, options: SqliteOutboxOptions 
     return { ...batch, messages };
   }
 
+  const renamed = (): readonly Renamed[] =>
+    prepare(`select value from effectonce_meta where name like 'renamed:%'`).all()
+      .map((row) => JSON.parse((row as { value: string }).value));
+
   async function openSession(relay: string, protocol: string, onPark: "block" | "skip", leaseMs: number) {
     const instance = crypto.randomUUID();
     const registration = topics ? JSON.stringify(topics.toSorted()) : null;
@@ -947,6 +954,7 @@ export function sqliteOutbox(client: SqliteClient, options: SqliteOutboxOptions 
 
     const registered = () => Boolean(prepare(`select 1 from effectonce_relays where instance = ?`).get(instance));
     const register = (): { id: string; inherited: boolean } => {
+      checkRenamed(name, relay, renamed());
       let inherited = false;
       for (const other of registrations()) {
         const theirs = topicsOf(other);
@@ -1212,23 +1220,40 @@ export function sqliteOutbox(client: SqliteClient, options: SqliteOutboxOptions 
         prepare(`delete from effectonce_relays where relay = ?`).run(relay);
         return theirs.length > 0;
       }),
-    rename: (relay, to) =>
-      write(() => {
+    async rename(relay, to, move) {
+      const [mark, markOfNew] = [await renamedName(relay), await renamedName(to)];
+      const note = (moved: boolean) =>
+        prepare(`insert or replace into effectonce_meta (name, value) values (?, ?)`)
+          .run(mark, JSON.stringify({ from: relay, to, moved } satisfies Renamed));
+      const plan = await write(() => {
         const theirs = registrations().filter((stored) => stored.relay === relay);
-        const isKnown = (relay: string) =>
-          prepare(`select 1 from effectonce_shards where relay = ?`).get(relay) !== undefined;
-        checkRename(
-          name,
-          [relay, to],
-          theirs.map((stored) => ({ ...stored, live: stored.until_ms > now() })),
-          isKnown(to),
-        );
-        if (!isKnown(relay)) return false;
-        for (const table of ["shards", "batches", "relays"]) {
+        const plan = renamePlan(name, [relay, to], {
+          theirs: theirs.map((stored) => ({ ...stored, live: stored.until_ms > now() })),
+          renamed: renamed(),
+          isKnown: (relay) =>
+            prepare(`select 1 from effectonce_shards where relay = ? and sealed > 0`).get(relay) !== undefined,
+        });
+        if (plan !== "all") return plan;
+        note(false);
+        prepare(`delete from effectonce_meta where name = ?`).run(markOfNew);
+        prepare(`delete from effectonce_shards where relay = ?`).run(to);
+        for (const table of ["shards", "batches"]) {
           prepare(`update effectonce_${table} set relay = ? where relay = ?`).run(to, relay);
         }
-        return true;
-      }),
+        // As others, so that one that sleeps does not take them for its own.
+        prepare(`delete from effectonce_relays where relay = ?`).run(relay);
+        for (const { protocol, topics } of theirs) {
+          prepare(`insert into effectonce_relays (instance, relay, protocol, topics, until_ms) values (?, ?, ?, ?, 0)`)
+            .run(crypto.randomUUID(), to, protocol, topics);
+        }
+        return plan;
+      });
+      if (plan === "all" || plan === "move") {
+        await move();
+        await write(() => note(true));
+      }
+      return plan !== undefined;
+    },
     prune: ({ olderThanMs, limit = 1000 }) =>
       write(() =>
         prepare(`delete from effectonce_outbox where seq in (select seq from effectonce_outbox

@@ -5,7 +5,7 @@
  */
 import { type Outbox, type Position, type PositionOwner, type SealedBatches, START } from "../mod.ts";
 import { settlePlan } from "../adapters/shared.ts";
-import { findInKafka, type KafkaCursor, readKafkaCursor, writeKafkaCursor } from "../adapters/kafka.ts";
+import { findInKafka, type KafkaCursor, moveKafkaCursor, readKafkaCursor, writeKafkaCursor } from "../adapters/kafka.ts";
 import type { Command } from "./command.ts";
 import { openEnds } from "./ends.ts";
 import { codeOf, reason, UsageError } from "./errors.ts";
@@ -169,10 +169,6 @@ const set = (flags: Flags) =>
     return await write(flags, sides, [{ shard, position, records }]);
   });
 
-/**
- * First the position under the new name, in Kafka, then the name in the database: what ends in between is done again, and
- * until it is done the old name is the relay's.
- */
 const rename = (flags: Flags) =>
   withSides(flags, async ({ kafka, outbox, shards }) => {
     const [name] = flags.words;
@@ -184,27 +180,19 @@ const rename = (flags: Flags) =>
         `${flags.label("to")}: cursor= names a topic that is relay "${old}"'s alone, and none for "${name}"`,
       );
     }
-    if ((await outbox.relays()).some(({ relay, live }) => relay === old && live)) {
-      throw new Error(`relay "${old}" runs, or has died and is waited for. Stop it first`);
-    }
-    if (shards.every(({ settled, batches }) => settled.n === 0 && batches.length === 0)) {
-      throw new Error(`the outbox knows nothing that relay "${old}" has delivered: start the new one right away`);
-    }
-    const renamed: Change[] = [];
-    for (const shard of shards) {
-      const [cursor, theirs] = [await look(kafka, shard.owner), await look(kafka, { ...shard.owner, relay: name! })];
-      const { verdict, found } = judge(shard, cursor);
-      if (verdict !== "fits") throw new Error(`relay "${old}" is not fit to be renamed: ${found}`);
-      const [last, there] = [cursor.ring.at(-1), theirs.ring.at(-1)];
-      if (there && !cursor.ring.some(({ uid }) => uid === there.uid)) {
+    for (const { owner } of shards) {
+      const [mine, theirs] = [await look(kafka, owner), await look(kafka, { ...owner, relay: name! })];
+      const there = theirs.ring.at(-1);
+      if (there && !mine.ring.some(({ uid }) => uid === there.uid)) {
         throw new Error(`Kafka knows a relay "${name}" already, in topic ${theirs.topic}: take another name`);
       }
-      if (last && last.uid !== there?.uid) renamed.push({ shard, position: last, records: cursor.records });
     }
-    for (const { shard: { owner }, position, records } of renamed) {
-      await writeKafkaCursor(kafka.client, { ...owner, relay: name! }, position, records, kafka);
+    const renamed = await outbox.rename(old, name!, async () => {
+      for (const { owner } of shards) await moveKafkaCursor(kafka.client, owner, name!, kafka);
+    });
+    if (!renamed) {
+      throw new Error(`the outbox knows no relay "${old}" that has sealed anything: start the new one right away`);
     }
-    await outbox.rename(old, name!);
     print(flags, { relay: name, was: old }, `relay "${old}" is called "${name}" now: start it with --name ${name}`);
     return 0;
   });

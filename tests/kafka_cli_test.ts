@@ -2,6 +2,9 @@
 import { assert, assertEquals, assertMatch, assertStringIncludes } from "@std/assert";
 // @ts-types="@types/pg"
 import pg from "pg";
+import { type KafkaClient, kafkaSink } from "@effectonce/effectonce/kafka";
+import { kafkajs } from "@effectonce/effectonce/kafkajs";
+import { postgresOutbox } from "@effectonce/effectonce/postgres";
 import { maskedUrl } from "../cli/mask.ts";
 import { assertFailure, assertUsage, emptyBox, type Event, until } from "./cli_run.ts";
 import { freshName, kafkaOf, makeTopic, readTopic } from "./kafka/topics.ts";
@@ -179,16 +182,21 @@ Deno.test("a relay is renamed while writers go on: nothing lost, nothing twice, 
     await relay.ended();
   }
   await killed();
-  assertFailure(await shop.at.run(rename("shop")), `relay "default" runs, or has died and is waited for`);
-  // Once before, and that one was killed between Kafka and the database: what it wrote there is old by now.
+  assertFailure(await shop.at.run(rename("shop")), "it runs, or has died and is waited for");
   await until(async () =>
     !(await shop.at.json(["relays", "--store", shop.url]) as { live: boolean }[]).some(({ live }) => live)
   );
   const { kafka } = (await shop.at.json(shop.cursor("show")) as { kafka: { n: number; records: number } }[])[0]!;
   assert(kafka.n > 0 && kafka.records > 0);
   assertEquals(await shop.at.json(rename("shop")), { relay: "shop", was: "default" });
-  assertFailure(await shop.at.run(rename("other")), `the outbox knows nothing that relay "default" has delivered`);
-  assertFailure(await shop.at.run(shop.relay("--drain")), `relay "shop" has them, or left something behind`);
+  assertFailure(await shop.at.run(rename("other")), `it is called "shop" now`);
+  assertFailure(
+    await shop.at.run(rename("other", "--name", "none")),
+    `the outbox knows no relay "none" that has sealed anything`,
+  );
+  const old = await shop.at.run(shop.relay("--drain"));
+  assertEquals(old.code, 1);
+  assertMatch(old.stderr, /Relay "default" of .* is called "shop" now/);
   await killed("--name", "shop");
   stopped = true;
   await writing;
@@ -211,6 +219,61 @@ Deno.test("a relay is renamed while writers go on: nothing lost, nothing twice, 
   await shop.at.ok(shop.relay("--drain", "--name", "shop"));
   assertEquals((await shop.ids()).toSorted(), ids(1, n + 9).toSorted());
 });
+
+for (const at of ["with a sealed batch in hand", "with all sent, and nothing but the commit to come"] as const) {
+  Deno.test(`a relay that slept, ${at}, while it was renamed, is shut out when it wakes`, async () => {
+    await using shop = await place();
+    const pool = new pg.Pool({ connectionString: shop.url });
+    const kafka = kafkajs(kafkaOf(BROKERS));
+    let gate: Promise<void> | undefined;
+    let reached = () => {};
+    const client: KafkaClient = {
+      async open() {
+        const connection = await kafka.open();
+        return {
+          ...connection,
+          async begin(...call) {
+            const transactions = await connection.begin(...call);
+            return {
+              ...transactions,
+              async commit() {
+                reached();
+                await gate;
+                await transactions.commit();
+              },
+            };
+          },
+        };
+      },
+    };
+    const limits = { rows: 1, bytes: 1_000_000 };
+    await shop.enqueue("k0-1");
+    const source = await postgresOutbox(pool).open({ relay: "old", protocol: "sealed", onPark: "block", leaseMs: 1_000 });
+    const sink = await kafkaSink(client).open({ relay: "old", source: source.id, shard: source.shard! });
+    const { batches: [first] } = await source.seal([], limits);
+    await sink.commit(first!);
+    await shop.enqueue("k0-2");
+    const { batches: [second] } = await source.seal([first!], limits);
+    const open = Promise.withResolvers<void>();
+    let sent: Promise<unknown> | undefined;
+    if (at.startsWith("with all")) {
+      const sending = Promise.withResolvers<void>();
+      [gate, reached] = [open.promise, sending.resolve];
+      sent = sink.commit(second!).catch((error) => error);
+      await sending.promise;
+    }
+    await pool.query("update effectonce_relays set until_ms = 0");
+    await shop.at.ok(["cursor", "rename", "new", "--name", "old", "--from", shop.url, "--to", KAFKA]);
+    await shop.at.ok(shop.relay("--drain", "--name", "new"));
+    open.resolve();
+    assertEquals((await (sent ?? sink.commit(second!).catch((error) => error)) as { code?: string }).code, "fenced");
+    await pool.end();
+    assertEquals(
+      (await readTopic(BROKERS, shop.topic)).map(({ headers }) => [headers["ce_id"], headers["effectonce-position"]]),
+      [["k0-1", "0"], ["k0-2", "1"]],
+    );
+  });
+}
 
 Deno.test("a database that went back further than the ring ends the relay; --accept-source goes on with what it has", async () => {
   await using shop = await place();

@@ -5,6 +5,7 @@ import {
   type AtomicSession,
   type Batch,
   createMessage,
+  type Delivery,
   EffectError,
   type Message,
   type Position,
@@ -464,4 +465,24 @@ Deno.test("without transactions messages go out at least once, refused ones are 
     const mine = seen.filter(({ key }) => key === `k${k}`).map(({ value }) => Number(value!.slice(1)));
     assertEquals(mine, mine.toSorted((a, b) => a - b));
   }
+});
+
+Deno.test("without transactions a topic that cannot be looked up keeps no other one's messages back", async () => {
+  const topic = await makeTopic(BROKERS);
+  const inner = kafkajs(kafkaOf(BROKERS));
+  const client: KafkaClient = {
+    async open() {
+      const connection = await inner.open();
+      const partitions = (name: string) =>
+        name === "bad" ? Promise.reject(new Error("not today")) : connection.partitions(name);
+      return { ...connection, partitions };
+    },
+  };
+  await using to = kafkaPlainSink(client);
+  const delivery = { idempotencyKey: "", attempt: 1, signal: new AbortController().signal } as unknown as Delivery;
+  const answers = await Promise.allSettled(
+    ["a", "bad", "b"].map((id) => to.deliver(messageOf({ id, topic: id === "bad" ? "bad" : topic }), delivery)),
+  );
+  assertEquals(answers.map(({ status }) => status), ["fulfilled", "rejected", "fulfilled"]);
+  assertEquals((await readTopic(BROKERS, topic)).map(({ headers }) => headers["ce_id"]), ["a", "b"]);
 });

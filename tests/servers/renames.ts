@@ -11,19 +11,35 @@ export async function renames(
   later: () => unknown,
   enqueue: (...ids: readonly string[]) => Promise<unknown>,
 ): Promise<void> {
-  const refused = async (name: string, to: string, code: string, why: string) => {
-    const error = await assertRejects(() => outbox.rename(name, to), Error, why);
+  const moved: string[] = [];
+  const rename = (name: string, to: string) =>
+    outbox.rename(name, to, () => Promise.resolve(void moved.push(`${name}->${to}`)));
+  const refused = async (run: () => Promise<unknown>, code: string, why: string) => {
+    const error = await assertRejects(run, Error, why);
     assertEquals((error as { code?: string }).code, code);
   };
-  assertEquals(await outbox.rename("none", "new"), false);
+  const open = (relay: string, protocol: "sealed" | "claimed" = "sealed") => outbox.open({ ...OPTIONS, relay, protocol });
+  assertEquals(await rename("none", "new"), false);
   await enqueue("a1", "a2", "b1");
-  const session = await outbox.open({ ...OPTIONS, relay: "old", protocol: "sealed" });
+  const session = await open("old");
   const { batches: [first] } = await session.seal([], { ...ALL, rows: 2 });
-  await refused("old", "new", "busy", `Cannot rename relay "old"`);
-  await session.close(false);
-  assertEquals(await outbox.rename("old", "new"), true);
-  assertEquals(await outbox.rename("old", "other"), false);
-  const heir = await outbox.open({ ...OPTIONS, relay: "new", protocol: "sealed" });
+  await refused(() => rename("old", "new"), "busy", `Cannot rename relay "old"`);
+  await later(); // It sleeps, for longer than its lease.
+  await assertRejects(
+    () => outbox.rename("old", "new", () => Promise.reject(new Error("the sink is away"))),
+    Error,
+    "the sink is away",
+  );
+  // In between both names are refused, also to the one that sleeps.
+  await refused(() => open("new"), "source_invalid", `is just being renamed from "old". If that has failed, do it again`);
+  await refused(() => open("old"), "source_invalid", `is called "new" now`);
+  await refused(() => session.seal([], ALL), "source_invalid", `is called "new" now`);
+  await refused(() => rename("old", "other"), "source_invalid", `it is called "new" now`);
+  assertEquals([await rename("old", "new"), await rename("old", "new")], [true, true]);
+  assertEquals(moved, ["old->new"]);
+  await refused(() => open("old"), "source_invalid", `is called "new" now`);
+
+  const heir = await open("new");
   const { batches } = await heir.seal([], ALL);
   assertEquals(batches.map(({ n, uid, messages }) => [n, n === 1 ? uid : "", messages.map(({ id }) => id)]), [
     [1, first!.uid, first!.messages.map(({ id }) => id)],
@@ -33,12 +49,19 @@ export async function renames(
   const ring = batches.map(({ n, uid, prev, rows }) => ({ n, uid, prev, rows }));
   assertEquals((await heir.seal(ring, ALL)).batches, []);
   await heir.close(true);
-  await later();
-  const claims = await outbox.open({ ...OPTIONS, relay: "claims", protocol: "claimed" });
-  await refused("claims", "other", "busy", "it runs");
+
+  const claims = await open("claims", "claimed");
+  await refused(() => rename("claims", "other"), "busy", "it runs");
   await enqueue("c1");
   await later();
-  await refused("claims", "other", "source_invalid", "its claims are made under its name");
-  await refused("new", "claims", "source_invalid", "there is a relay of that name");
+  await refused(() => rename("claims", "other"), "source_invalid", "its claims are made under its name");
   await claims.close(true);
+  await later();
+  assertEquals(await rename("new", "old"), true, "back again");
+  await refused(() => open("new"), "source_invalid", `is called "old" now`);
+  const last = await open("old");
+  const { batches: [third] } = await last.seal(ring, ALL);
+  assertEquals([third!.n, third!.prev], [3, batches[1]!.uid]);
+  await refused(() => rename("old", "new"), "busy", "it runs");
+  await last.close(false);
 }

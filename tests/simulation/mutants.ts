@@ -273,25 +273,24 @@ export const mutants: readonly Mutant[] = [
   kafka(
     "a relay reads its cursor before it has shut out the one before",
     `  const transactions = await connection.begin(transactionalId(owner), transactionTimeoutMs);
-  const opened = crypto.randomUUID();
-  const marked = await transactions.send([toCursor(MARK, { opened, relay, source })]);
-  await transactions.commit();
-  const mark = { opened, offset: marked.offsetOf(topic, partition) ?? 0 };
-  const ring = await readRing(connection, place, owner, mark, 2 * transactionTimeoutMs, options.runtime ?? realRuntime);`,
-    `  const ring: CursorRecord[] = [];
+  const opened = crypto.randomUUID();`,
+    `  const early: CursorRecord[] = [];
   for (let at = 0, before = -1; at !== before;) {
     const { records, next } = await connection.read(topic, partition, before = at);
     at = next;
     for (const { value } of records) {
       const record = parseRecord(topic, value);
-      if ("uid" in record) ring.push(record);
+      if ("uid" in record) early.push(record);
     }
   }
   const transactions = await connection.begin(transactionalId(owner), transactionTimeoutMs);
   const opened = crypto.randomUUID();
-  const marked = await transactions.send([toCursor(MARK, { opened, relay, source })]);
-  await transactions.commit();
-  const mark = { opened, offset: marked.offsetOf(topic, partition) ?? 0 };`,
+  if (opened) {
+    const value = encoder.encode(JSON.stringify({ opened, relay, source } satisfies Mark));
+    await transactions.send([{ topic, partition, key: MARK, value, headers: [] }]);
+    await transactions.commit();
+    return { transactions, ring: early };
+  }`,
   ),
   kafka(
     "a relay does not wait for its mark",
