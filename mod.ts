@@ -1239,6 +1239,8 @@ export interface Park {
   readonly reason: string;
   /** Try again after so many milliseconds; null: only when a person says so. */
   readonly retryMs: number | null;
+  /** How often it was tried, where that is known. */
+  readonly attempts?: number;
 }
 
 /** How an outbox stands. */
@@ -2153,7 +2155,7 @@ async function deliverSealed(o: Settings, source: SourceSession, sink: AtomicSin
     const backOffMs = backOff(attempt, o.minRetryMs, o.maxRetryMs, runtime);
     const retryMs = again ? Math.max(known?.afterMs ?? 0, backOffMs) : null;
     const reason = reasonOf(error);
-    await source.unseal(ring, [{ message, reason, retryMs }]);
+    await source.unseal(ring, [{ message, reason, retryMs, attempts: attempt }]);
     if (retryMs === null) {
       attempts.delete(id);
       o.count("parked");

@@ -18,7 +18,8 @@
  */
 import { Buffer } from "node:buffer";
 import { EffectError } from "../mod.ts";
-import type { KafkaClient, KafkaConnection, KafkaPartition, KafkaRecord, KafkaTransactions, TopicOptions } from "./kafka.ts";
+import type { KafkaPartition, KafkaRecord, KafkaTransactions, TopicOptions } from "./kafka.ts";
+import type { Fetched, FetchedRecord, KafkaMember, KafkaSourceClient, KafkaSourceConnection } from "./kafka_source.ts";
 
 // -------------------------------------------------------------------------------------------------------- what kafkajs has
 
@@ -43,7 +44,10 @@ interface Cluster {
   refreshMetadata(): Promise<void>;
   getNodeIds(): readonly unknown[];
   findTopicPartitionMetadata(topic: string): readonly { readonly replicas: readonly number[] }[];
-  readonly brokerPool: { readonly versions: Readonly<Record<number, { readonly maxVersion: number }>> | null };
+  readonly brokerPool: {
+    readonly metadata: { readonly clusterId?: string | null } | null;
+    readonly versions: Readonly<Record<number, { readonly maxVersion: number }>> | null;
+  };
   findLeaderForPartitions(topic: string, partitions: readonly number[]): { readonly [leader: string]: readonly number[] };
   findBroker(node: { readonly nodeId: string }): Promise<Broker>;
   findControllerBroker(): Promise<Broker>;
@@ -67,6 +71,39 @@ interface Broker {
   ): Promise<unknown>;
   endTxn(options: Producer & { transactionalId: string; transactionResult: boolean }): Promise<unknown>;
   findGroupCoordinator(of: { readonly groupId: string; readonly coordinatorType: number }): Promise<unknown>;
+  joinGroup(options: {
+    groupId: string;
+    memberId: string;
+    sessionTimeout: number;
+    rebalanceTimeout: number;
+    groupProtocols: readonly { name: string; metadata: Buffer }[];
+  }): Promise<{
+    readonly generationId: number;
+    readonly memberId: string;
+    readonly leaderId: string;
+    readonly members: readonly { readonly memberId: string; readonly memberMetadata: Buffer }[];
+  }>;
+  syncGroup(
+    options: Membership & { groupAssignment: readonly { memberId: string; memberAssignment: Buffer }[] },
+  ): Promise<{ readonly memberAssignment: Buffer }>;
+  heartbeat(options: { groupId: string; groupGenerationId: number; memberId: string }): Promise<unknown>;
+  leaveGroup(options: { groupId: string; memberId: string }): Promise<unknown>;
+  offsetCommit(options: {
+    groupId: string;
+    groupGenerationId: number;
+    memberId: string;
+    topics: readonly {
+      topic: string;
+      partitions: readonly { partition: number; offset: string; metadata: string }[];
+    }[];
+  }): Promise<unknown>;
+  offsetFetch(
+    options: { groupId: string; topics: readonly { topic: string; partitions: readonly { partition: number }[] }[] },
+  ): Promise<{
+    readonly responses: readonly {
+      readonly partitions: readonly { readonly offset: string; readonly metadata: string | null }[];
+    }[];
+  }>;
   createTopics(options: { topics: readonly unknown[]; timeout: number }): Promise<unknown>;
   describeConfigs(options: { resources: readonly unknown[] }): Promise<{
     readonly resources: readonly {
@@ -92,11 +129,20 @@ interface Producer {
   readonly producerEpoch: number;
 }
 
+/** A membership in a group, in one of its generations. */
+interface Membership {
+  readonly groupId: string;
+  readonly generationId: number;
+  readonly memberId: string;
+}
+
 interface FetchedPartition {
+  readonly partition: number;
   readonly lastStableOffset: string;
   readonly abortedTransactions: readonly { readonly producerId: string; readonly firstOffset: string }[] | null;
   readonly messages: readonly {
     readonly offset: string;
+    readonly timestamp: string;
     readonly key: Buffer | null;
     readonly value: Buffer | null;
     readonly headers?: Readonly<Record<string, Buffer | readonly Buffer[] | null>>;
@@ -619,6 +665,144 @@ async function openTransactions(
   };
 }
 
+// ---------------------------------------------------------------------------------------------------------------- reading
+
+/** Without the records of transactions that were given up, and the control records. */
+function toFetched({ messages, abortedTransactions, lastStableOffset }: FetchedPartition, from: number): Fetched {
+  const aborted = [...abortedTransactions ?? []].sort((a, b) => Number(a.firstOffset) - Number(b.firstOffset));
+  const open = new Set<string>();
+  const records: FetchedRecord[] = [];
+  let next = from;
+  for (const { offset: text, timestamp, key, value, headers = {}, isControlRecord, batchContext } of messages) {
+    const offset = Number(text);
+    while (aborted.length > 0 && Number(aborted[0]!.firstOffset) <= offset) open.add(aborted.shift()!.producerId);
+    // The end of a transaction is a control record of its producer. https://kafka.apache.org/documentation/#controlbatch
+    if (isControlRecord) open.delete(batchContext.producerId);
+    if (offset < next) continue;
+    next = offset + 1;
+    if (isControlRecord || batchContext.inTransaction && open.has(batchContext.producerId)) continue;
+    const all = Object.entries(headers).flatMap(([name, value]) =>
+      (Array.isArray(value) ? value : [value]).map((one: Uint8Array | null) => [name, one] as const)
+    );
+    records.push({ offset, timestamp: Number(timestamp), key, value, headers: all });
+  }
+  // A batch that compaction has emptied has no records, but offsets.
+  if (next === from && Number(lastStableOffset) > from) next++;
+  return { records, next, outOfRange: false };
+}
+
+// ------------------------------------------------------------------------------------------------------------------ groups
+
+/** CoordinatorType of the protocol. */
+const GROUP_COORDINATOR = 0;
+/** The name by which members agree on how partitions are shared out: a group has no other members. */
+const ASSIGNOR = "effectonce";
+
+/** Asks the coordinator of a group, and again where it has moved. */
+async function atCoordinator<T>(cluster: Cluster, groupId: string, run: (broker: Broker) => Promise<T>): Promise<T> {
+  try {
+    return await patiently(10_000, NOT_DONE, async () => {
+      return await run(await cluster.findGroupCoordinator({ groupId, coordinatorType: GROUP_COORDINATOR }));
+    });
+  } catch (error) {
+    if (!isOneOf(error, ["INCONSISTENT_GROUP_PROTOCOL"])) throw explained(error);
+    const why = `the group "${groupId}" has consumers that are no effectonce: give the relay a name of its own`;
+    throw new EffectError("source_invalid", `Cannot join: ${why}`, { cause: error });
+  }
+}
+
+/** What a member says that it consumes: version, topics, nothing more. https://kafka.apache.org/protocol#The_Messages_JoinGroup */
+function subscription(topic: string): Buffer {
+  const to = new Writer(64);
+  to.int16(0);
+  to.int32(1);
+  to.string(topic);
+  to.int32(0);
+  return to.bytes.subarray(0, to.at);
+}
+
+/** What a member is given: version, and by topic its partitions. */
+function assignment(topic: string, partitions: readonly number[]): Buffer {
+  const to = new Writer(64);
+  to.int16(0);
+  to.int32(1);
+  to.string(topic);
+  to.int32(partitions.length);
+  for (const partition of partitions) to.int32(partition);
+  to.int32(0);
+  return to.bytes.subarray(0, to.at);
+}
+
+/** The partitions of an assignment for one topic. */
+function assigned(bytes: Buffer): readonly number[] {
+  if (bytes.length < 6 || bytes.readInt32BE(2) === 0) return [];
+  const at = 8 + bytes.readInt16BE(6);
+  return Array.from({ length: bytes.readInt32BE(at) }, (_, i) => bytes.readInt32BE(at + 4 + 4 * i));
+}
+
+/** What says that a member has to join anew. */
+const OUTSIDE = ["REBALANCE_IN_PROGRESS", "UNKNOWN_MEMBER_ID", "ILLEGAL_GENERATION", "FENCED_INSTANCE_ID"];
+
+function openMember(cluster: Cluster, groupId: string, topic: string, sessionMs: number): KafkaMember {
+  let me = { groupId, generationId: -1, memberId: "" };
+  const named = ({ groupId, generationId, memberId }: Membership) => ({
+    groupId,
+    groupGenerationId: generationId,
+    memberId,
+  });
+  const inside = async (run: (broker: Broker) => Promise<unknown>): Promise<boolean> => {
+    try {
+      await atCoordinator(cluster, groupId, run);
+      return true;
+    } catch (error) {
+      if (isOneOf(error, ["UNKNOWN_MEMBER_ID", "FENCED_INSTANCE_ID"])) me = { ...me, memberId: "" };
+      if (isOneOf(error, OUTSIDE)) return false;
+      throw error;
+    }
+  };
+  async function share(memberIds: readonly string[]): Promise<{ memberId: string; memberAssignment: Buffer }[]> {
+    await cluster.addTargetTopic(topic);
+    await cluster.refreshMetadata();
+    const count = cluster.findTopicPartitionMetadata(topic).length;
+    const all = Array.from({ length: count }, (_, partition) => partition);
+    const { length } = memberIds;
+    return memberIds.toSorted().map((memberId, i) => {
+      const mine = all.slice(Math.floor(i * count / length), Math.floor((i + 1) * count / length));
+      return { memberId, memberAssignment: assignment(topic, mine) };
+    });
+  }
+  return {
+    async join() {
+      for (;;) {
+        let answer: Buffer | undefined;
+        const done = await inside(async (broker) => {
+          const { generationId, memberId, leaderId, members } = await broker.joinGroup({
+            ...{ groupId, memberId: me.memberId, sessionTimeout: sessionMs, rebalanceTimeout: sessionMs },
+            groupProtocols: [{ name: ASSIGNOR, metadata: subscription(topic) }],
+          });
+          me = { groupId, generationId, memberId };
+          const groupAssignment = memberId === leaderId ? await share(members.map(({ memberId }) => memberId)) : [];
+          answer = (await broker.syncGroup({ ...me, groupAssignment })).memberAssignment;
+        });
+        if (done) return assigned(answer!);
+      }
+    },
+    beat: () => inside((broker) => broker.heartbeat(named(me))),
+    commit: (offsets) =>
+      inside((broker) => {
+        const partitions = Array.from(offsets, ([partition, { offset, note }]) => ({
+          partition,
+          offset: String(offset),
+          metadata: note,
+        }));
+        return broker.offsetCommit({ ...named(me), topics: [{ topic, partitions }] });
+      }),
+    async leave() {
+      if (me.memberId !== "") await inside((broker) => broker.leaveGroup(me));
+    },
+  };
+}
+
 // ------------------------------------------------------------------------------------------------------------- connection
 
 /** Since which version of Kafka a request has had a version: https://kafka.apache.org/protocol#protocol_messages */
@@ -634,7 +818,7 @@ const FETCH_BYTES = 4_194_304;
 /** ConfigResource.Type of the protocol. */
 const TOPIC_RESOURCE = 2;
 
-async function openConnection(kafka: KafkajsKafka): Promise<KafkaConnection> {
+async function openConnection(kafka: KafkajsKafka): Promise<KafkaSourceConnection> {
   const cluster = clusterOf(kafka);
   // What is under way is waited for: for as long as a request may take where a broker hangs.
   const close = () => cluster.disconnect().catch(() => {});
@@ -669,21 +853,60 @@ async function openConnection(kafka: KafkajsKafka): Promise<KafkaConnection> {
     partition: number,
     at: { fromBeginning: boolean } | { fromTimestamp: number },
   ): Promise<number> {
-    await cluster.addTargetTopic(topic);
-    const [found] = await cluster.fetchTopicsOffset([{ topic, partitions: [{ partition }], ...at }]);
-    return Number(found!.partitions[0]!.offset);
-  }
-  async function fetch(topic: string, partition: number, offset: number): Promise<FetchedPartition> {
-    const [leader] = Object.keys(cluster.findLeaderForPartitions(topic, [partition]));
-    const broker = await cluster.findBroker({ nodeId: leader ?? "-1" });
-    const { responses } = await broker.fetch({
-      isolationLevel: READ_COMMITTED,
-      maxWaitTime: 20,
-      minBytes: 1,
-      maxBytes: FETCH_BYTES,
-      topics: [{ topic, partitions: [{ partition, fetchOffset: String(offset), maxBytes: FETCH_BYTES }] }],
+    return await patiently(10_000, NOT_TAKEN, async (again) => {
+      await cluster.addTargetTopic(topic);
+      if (again) await cluster.refreshMetadata();
+      const [found] = await cluster.fetchTopicsOffset([{ topic, partitions: [{ partition }], ...at }]);
+      return Number(found!.partitions[0]!.offset);
     });
-    return responses[0]!.partitions[0]!;
+  }
+  /** One request for each leader. */
+  async function fetch(topic: string, from: ReadonlyMap<number, number>, waitMs: number): Promise<FetchedPartition[]> {
+    const leaders = Object.entries(cluster.findLeaderForPartitions(topic, [...from.keys()]));
+    const answers = await Promise.all(leaders.map(async ([nodeId, numbers]) => {
+      const broker = await cluster.findBroker({ nodeId });
+      const partitions = numbers.map((partition) => ({
+        partition,
+        fetchOffset: String(from.get(partition)!),
+        maxBytes: FETCH_BYTES,
+      }));
+      const { responses } = await broker.fetch({
+        isolationLevel: READ_COMMITTED,
+        maxWaitTime: waitMs,
+        minBytes: 1,
+        maxBytes: FETCH_BYTES,
+        topics: [{ topic, partitions }],
+      });
+      return responses.flatMap(({ partitions }) => partitions);
+    }));
+    return answers.flat();
+  }
+  /** What can be read of partitions; where that of one cannot, each is asked for alone. */
+  async function fetchAll(
+    topic: string,
+    from: ReadonlyMap<number, number>,
+    waitMs: number,
+  ): Promise<ReadonlyMap<number, Fetched>> {
+    try {
+      await cluster.addTargetTopic(topic);
+      const found = await fetch(topic, from, waitMs);
+      return new Map(found.map((fetched) => [fetched.partition, toFetched(fetched, from.get(fetched.partition)!)]));
+    } catch (error) {
+      if (isOneOf(error, FORBIDDEN)) throw explained(error);
+      if ((error as Error).name === "KafkaJSNotImplemented") {
+        throw new Error(`Topic ${topic} has compressed records that kafkajs cannot read: ${(error as Error).message}`);
+      }
+      if (from.size > 1) {
+        const each = Array.from(from, (one) => fetchAll(topic, new Map([one]), 0));
+        return new Map((await Promise.all(each)).flatMap((one) => [...one]));
+      }
+      if (isOneOf(error, ["OFFSET_OUT_OF_RANGE"])) {
+        return new Map(Array.from(from, ([partition, next]) => [partition, { records: [], next, outOfRange: true }]));
+      }
+      await pause(50);
+      await cluster.refreshMetadata();
+      return new Map();
+    }
   }
 
   return {
@@ -735,43 +958,28 @@ async function openConnection(kafka: KafkajsKafka): Promise<KafkaConnection> {
         await pause(Math.min(100, 5 * 1.5 ** tries));
       }
     },
+    async clusterId() {
+      await load();
+      return cluster.brokerPool.metadata?.clusterId ?? "";
+    },
+    fetch: fetchAll,
+    member: (group, topic, sessionMs) => openMember(cluster, group, topic, sessionMs),
+    async kept(groupId, topic, partition) {
+      const topics = [{ topic, partitions: [{ partition }] }];
+      const [found] = (await atCoordinator(cluster, groupId, (broker) => broker.offsetFetch({ groupId, topics }))).responses;
+      const { offset, metadata } = found!.partitions[0]!;
+      return Number(offset) < 0 ? undefined : { offset: Number(offset), note: metadata ?? "" };
+    },
+    start: (topic, partition) => offsetAt(topic, partition, { fromBeginning: true }),
     async read(topic, partition, from) {
-      let fetched: FetchedPartition;
-      try {
-        fetched = await fetch(topic, partition, from);
-      } catch (error) {
-        if (isOneOf(error, FORBIDDEN)) throw explained(error);
-        if ((error as Error).name === "KafkaJSNotImplemented") {
-          throw new Error(`Topic ${topic} has compressed records that kafkajs cannot read: ${(error as Error).message}`);
-        }
-        if (isOneOf(error, ["OFFSET_OUT_OF_RANGE"])) {
-          return { records: [], next: Math.max(from, await offsetAt(topic, partition, { fromBeginning: true })) };
-        }
-        await pause(50);
-        await cluster.refreshMetadata();
-        return { records: [], next: from };
+      const { records, next, outOfRange } = (await fetchAll(topic, new Map([[partition, from]]), 20)).get(partition) ??
+        { records: [], next: from, outOfRange: false };
+      if (outOfRange) {
+        return { records: [], next: Math.max(from, await offsetAt(topic, partition, { fromBeginning: true })) };
       }
-      const { messages, abortedTransactions, lastStableOffset } = fetched;
-      const aborted = [...abortedTransactions ?? []].sort((a, b) => Number(a.firstOffset) - Number(b.firstOffset));
-      const open = new Set<string>();
-      const records = [];
-      let next = from;
-      for (const { offset: text, key, value, headers = {}, isControlRecord, batchContext } of messages) {
-        const offset = Number(text);
-        while (aborted.length > 0 && Number(aborted[0]!.firstOffset) <= offset) open.add(aborted.shift()!.producerId);
-        // The end of a transaction is a control record of its producer. https://kafka.apache.org/documentation/#controlbatch
-        if (isControlRecord) open.delete(batchContext.producerId);
-        if (offset < next) continue;
-        next = offset + 1;
-        if (isControlRecord || batchContext.inTransaction && open.has(batchContext.producerId)) continue;
-        const texts = Object.entries(headers).map((
-          [name, value],
-        ) => [name, String(Array.isArray(value) ? value.at(-1) : value)]);
-        records.push({ offset, key, value, headers: Object.fromEntries(texts) });
-      }
-      // A batch that compaction has emptied has no records, but offsets.
-      if (next === from && Number(lastStableOffset) > from) next++;
-      return { records, next };
+      const texts = ({ headers }: FetchedRecord) =>
+        Object.fromEntries(headers.map(([name, value]) => [name, String(value)]));
+      return { records: records.map((record) => ({ ...record, headers: texts(record) })), next };
     },
     end: (topic, partition) => offsetAt(topic, partition, { fromBeginning: false }),
     async since(topic, partition, time) {
@@ -792,6 +1000,6 @@ async function openConnection(kafka: KafkajsKafka): Promise<KafkaConnection> {
 }
 
 /** Makes a client for `kafkaSink` of kafkajs' own. Each relay has connections of its own. */
-export function kafkajs(kafka: KafkajsKafka): KafkaClient {
+export function kafkajs(kafka: KafkajsKafka): KafkaSourceClient {
   return { open: () => openConnection(kafka) };
 }

@@ -22,14 +22,44 @@
  *
  * @module
  */
-import { EffectError, realRuntime, relay, type RelayOptions, type RelayReport } from "../mod.ts";
+import {
+  EffectError,
+  type OutboxStatus,
+  realRuntime,
+  relay,
+  type RelayOptions,
+  type RelayReport,
+  type Source,
+} from "../mod.ts";
 import type { ShardedOutbox } from "./sql.ts";
 export type { ShardedOutbox };
 
-/** How to relay the shards of an outbox. */
+/** A source whose messages are shared out, by their keys, over relays that run at the same time. */
+export interface SharedSource {
+  /** A name for people, without secrets. */
+  readonly name: string;
+  /** How many shards it has. */
+  shards(): Promise<number>;
+  /** One of them, from 0, for the member that holds it. */
+  shard(shard: number, member: string): Source;
+  /**
+   * Says that a member of a relay is alive, and answers which shards it shall run: as many as its share. It gives up those
+   * that it holds, is not to run any more, and does not run any more.
+   *
+   * @param running Those that it still runs.
+   * @throws {EffectError} `busy` if that cannot be said at the moment: it goes on with those that it runs.
+   */
+  assign(relay: string, member: string, leaseMs: number, running: readonly number[]): Promise<readonly number[]>;
+  /** The member has stopped: its shards are free. */
+  leave(relay: string, member: string): Promise<void>;
+  /** Whether there is more, in whichever shard. */
+  status(): Promise<Pick<OutboxStatus, "pending" | "heldBack">>;
+}
+
+/** How to relay the shards of a source. */
 export interface ShardsOptions extends Omit<RelayOptions, "from"> {
-  /** Where messages come from: an outbox of `postgresOutbox` or `mysqlOutbox`, with any number of shards. */
-  readonly from: ShardedOutbox;
+  /** Where messages come from: `postgresOutbox` or `mysqlOutbox`, with any number of shards, or `kafkaSource`. */
+  readonly from: SharedSource;
 }
 
 /**
@@ -41,7 +71,8 @@ export interface ShardsOptions extends Omit<RelayOptions, "from"> {
 export async function relayShards(options: ShardsOptions): Promise<RelayReport> {
   const { from, name = "default", leaseMs = 30_000, drain = false, signal, runtime = realRuntime } = options;
   // Calls of one shard can be shared: each is claimed. Batches cannot: one relay at a time has the shard, the others stand by.
-  if (options.to.kind === "call" && await from.shards() === 1) return await relay(options);
+  const outbox = "open" in from ? from as ShardedOutbox : undefined;
+  if (outbox && options.to.kind === "call" && await from.shards() === 1) return await relay({ ...options, from: outbox });
   const member = crypto.randomUUID();
   const report = { delivered: 0, parked: 0, uncertain: 0 };
   const running = new Map<number, { readonly stop: AbortController; readonly ended: Promise<void> }>();

@@ -32,7 +32,6 @@ import {
   type RegisteredRelay,
   type RunSql,
   type SealedBatches,
-  type Source,
   type SourceOptions,
   type SourceSession,
   START,
@@ -56,6 +55,7 @@ import {
   type Shard,
   type TransactionGuard,
 } from "./shared.ts";
+import type { SharedSource } from "./shards.ts";
 
 // --------------------------------------------------------------------------------------------------------- what differs
 
@@ -1001,21 +1001,7 @@ const numbers = (seqs: readonly string[]): string => {
 };
 
 /** An outbox whose messages are shared out, by their keys, over relays that run at the same time. */
-export interface ShardedOutbox extends Outbox {
-  /** How many shards it has. */
-  shards(): Promise<number>;
-  /** One of them, from 0, for the member that holds it. */
-  shard(shard: number, member: string): Source;
-  /**
-   * Says that a member of a relay is alive, and answers which shards it shall run: as many as its share. It gives up those
-   * that it holds, is not to run any more, and does not run any more.
-   *
-   * @param running Those that it still runs.
-   */
-  assign(relay: string, member: string, leaseMs: number, running: readonly number[]): Promise<readonly number[]>;
-  /** The member has stopped: its shards are free. */
-  leave(relay: string, member: string): Promise<void>;
-}
+export type ShardedOutbox = Outbox & SharedSource;
 
 /** A session's part of the outbox. */
 interface Part {

@@ -1,0 +1,663 @@
+/**
+ * Kafka as a source: the partitions of a topic, shared out over relays of one name as over the members of a consumer group, which
+ * they are.
+ *
+ * A partition is a log: nothing needs to be written to fix what is in a batch. What was the last record taken is kept by the sink,
+ * with what it made of the records, where it can (a database, another topic), so that each record counts once; by the group where
+ * it cannot (an HTTP target), beside claims of a store.
+ *
+ * ```ts ignore
+ * import { handler } from "@effectonce/effectonce";
+ * import { kafkaSource } from "@effectonce/effectonce/kafka-source";
+ * import { kafkajs } from "@effectonce/effectonce/kafkajs";
+ * import { postgresStore } from "@effectonce/effectonce/postgres";
+ * import { relayShards } from "@effectonce/effectonce/shards";
+ * import { Kafka, logLevel } from "kafkajs";
+ * import pg from "pg";
+ *
+ * const kafka = new Kafka({ brokers: ["127.0.0.1:9092"], logLevel: logLevel.NOTHING });
+ * const store = postgresStore(new pg.Pool({ connectionString: "postgres://app@127.0.0.1/app" }));
+ * await relayShards({
+ *   name: "billing", // The consumer group.
+ *   from: kafkaSource(kafkajs(kafka), { topic: "orders" }),
+ *   to: handler(store, async (message, effects, client) => {
+ *     await client.query("insert into payments (id, amount) values ($1, $2)", [message.id, message.json<{ total: number }>().total]);
+ *   }),
+ * });
+ * ```
+ *
+ * @module
+ */
+import {
+  type Batch,
+  createMessage,
+  EffectError,
+  type Message,
+  type Park,
+  type Position,
+  type ReadLimits,
+  realRuntime,
+  type Runtime,
+  type SourceOptions,
+  type SourceSession,
+  START,
+} from "../mod.ts";
+import { type KafkaConnection, type KafkaPartition, partitionOf } from "./kafka.ts";
+import { chainText } from "./shared.ts";
+import type { SharedSource } from "./shards.ts";
+
+// ----------------------------------------------------------------------------------------------------------------- client
+
+/** A record that was read. */
+export interface FetchedRecord {
+  /** Its offset. */
+  readonly offset: number;
+  /** Its time, in milliseconds since 1970. */
+  readonly timestamp: number;
+  /** Null: none. */
+  readonly key: Uint8Array | null;
+  /** Null: a tombstone. */
+  readonly value: Uint8Array | null;
+  /** Names and values; a name may come twice. */
+  readonly headers: readonly (readonly [name: string, value: Uint8Array | null])[];
+}
+
+/** What there was in a partition behind an offset. */
+export interface Fetched {
+  /** Committed records, in order. */
+  readonly records: readonly FetchedRecord[];
+  /** Where to go on: behind records that were given up, or that compaction has removed. */
+  readonly next: number;
+  /** There is no such offset: it is before the partition's first one, or behind its end. */
+  readonly outOfRange: boolean;
+}
+
+/** A place in a partition that a consumer group keeps. */
+export interface GroupOffset {
+  /** The offset of the next record. */
+  readonly offset: number;
+  /** What was noted with it; empty if nothing was. */
+  readonly note: string;
+}
+
+/** A member of a consumer group, which shares the partitions of a topic out over its members. */
+export interface KafkaMember {
+  /** Joins, or joins anew: waits for the others, and answers which partitions are this member's. */
+  join(): Promise<readonly number[]>;
+  /** Says that it is alive. False if it has to join anew. */
+  beat(): Promise<boolean>;
+  /** Keeps places, by partition. False, and nothing is kept, if it has to join anew. */
+  commit(offsets: ReadonlyMap<number, GroupOffset>): Promise<boolean>;
+  /** The others get its partitions. */
+  leave(): Promise<void>;
+}
+
+/** A cluster that is connected, for those who consume as well. */
+export interface KafkaSourceConnection extends KafkaConnection {
+  /** Which cluster it is. */
+  clusterId(): Promise<string>;
+  /**
+   * Reads committed records of partitions of a topic, each from an offset on. Waits until there are some, for so long at most.
+   * Partitions that could not be read at the moment are left out.
+   */
+  fetch(topic: string, from: ReadonlyMap<number, number>, waitMs: number): Promise<ReadonlyMap<number, Fetched>>;
+  /** A member of a consumer group for a topic; it has not joined yet. `sessionMs`: after so long a silence it is given up. */
+  member(group: string, topic: string, sessionMs: number): KafkaMember;
+  /** The place that a group keeps in a partition. */
+  kept(group: string, topic: string, partition: number): Promise<GroupOffset | undefined>;
+  /** Where a partition begins: what was before it was deleted. */
+  start(topic: string, partition: number): Promise<number>;
+}
+
+/** A Kafka client that can consume: `kafkajs()` of `@effectonce/effectonce/kafkajs` makes one. */
+export interface KafkaSourceClient {
+  /** Connects to a cluster. */
+  open(): Promise<KafkaSourceConnection>;
+}
+
+// ---------------------------------------------------------------------------------------------------------------- options
+
+/** How {@linkcode kafkaSource} works. */
+export interface KafkaSourceOptions {
+  /** The topic. */
+  readonly topic: string;
+  /**
+   * A name for people, without secrets.
+   *
+   * @default {"kafka topic", and the topic}
+   */
+  readonly name?: string;
+  /**
+   * Where a relay begins of which neither its sink nor the group knows a place.
+   *
+   * @default {"earliest"}
+   */
+  readonly start?: "earliest" | "latest";
+  /**
+   * A topic for records that were refused for good, or too often: with their own headers, and `effectonce-topic`, `-partition`,
+   * `-offset`, `-group`, `-error` and `-attempts`. At least once: one that was set aside just before a crash may come twice.
+   *
+   * @default {undefined} A sink that keeps the position ends the relay with such a record; of one with claims the store tells.
+   */
+  readonly deadLetter?: string;
+  /** Time. */
+  readonly runtime?: Pick<Runtime, "now" | "sleep">;
+}
+
+/**
+ * A message that was a record. Its id is the topic, the partition, the offset and the time of the record: in a topic that was made
+ * anew the same offset is another message. Its key is the record's as UTF-8; one that is no UTF-8 as `base64:` and its bytes.
+ */
+export interface KafkaMessage extends Message {
+  /** The record as it was. */
+  readonly kafka: FetchedRecord & KafkaPartition;
+}
+
+// ---------------------------------------------------------------------------------------------------------------- records
+
+const utf8 = new TextDecoder();
+const strict = new TextDecoder("utf-8", { fatal: true });
+const encoder = new TextEncoder();
+
+const hex = (bytes: Uint8Array): string => Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
+
+async function sha256(bytes: Uint8Array<ArrayBuffer>): Promise<string> {
+  return hex(new Uint8Array(await crypto.subtle.digest("SHA-256", bytes)));
+}
+
+function textOf(key: Uint8Array): string {
+  try {
+    return strict.decode(key);
+  } catch {
+    return `base64:${btoa(String.fromCharCode(...key))}`;
+  }
+}
+
+function toMessage(topic: string, partition: number, record: FetchedRecord): KafkaMessage {
+  const { offset, timestamp, key, value, headers } = record;
+  const message = createMessage({
+    id: `${topic}-${partition}-${offset}-${timestamp}`,
+    topic,
+    key: key && textOf(key),
+    value,
+    headers: Object.fromEntries(headers.map(([name, value]) => [name, value === null ? "" : utf8.decode(value)])),
+    time: new Date(timestamp),
+  });
+  return Object.assign(message, { kafka: { ...record, topic, partition } });
+}
+
+const sizeOf = ({ key, value }: FetchedRecord): number => 100 + (key?.length ?? 0) + (value?.length ?? 0);
+
+/** The last record that was taken: its offset, and what tells it from another one at the same offset. */
+interface Place {
+  readonly offset: number;
+  readonly stamp: string;
+}
+
+async function placeOf({ offset, timestamp, key, value }: FetchedRecord): Promise<Place> {
+  const [keySize, valueSize] = [key?.length ?? 0, value?.length ?? 0];
+  const content = new Uint8Array(keySize + valueSize);
+  content.set(key ?? [], 0);
+  content.set(value ?? [], keySize);
+  return { offset, stamp: `${timestamp}/${keySize}/${(await sha256(content)).slice(0, 16)}` };
+}
+
+/** The place of a position: a batch's only row. */
+function placeIn({ n, rows }: Position): Place | undefined {
+  const [row] = rows;
+  if (n === 0) return undefined;
+  if (!row || !/^\d+$/.test(row[0])) {
+    throw new EffectError("source_invalid", `Batch ${n} of the sink is none of a Kafka topic`);
+  }
+  return { offset: Number(row[0]), stamp: row[1] };
+}
+
+/** What a group keeps with an offset; `n`: the last batch, where a sink keeps the position. */
+interface Note {
+  readonly n: number;
+  readonly place?: Place;
+}
+
+function parseNote(note: string): Note | undefined {
+  try {
+    return (JSON.parse(note) as { readonly effectonce?: Note }).effectonce;
+  } catch {
+    return undefined; // An ordinary consumer's.
+  }
+}
+
+// ----------------------------------------------------------------------------------------------------------------- reading
+
+/** How much of a partition is kept ready, in bytes. */
+const READY_BYTES = 2_097_152;
+/** How long a broker may wait for records. */
+const WAIT_MS = 250;
+
+/** A partition that is read ahead. */
+class Reader {
+  /** Records that are not taken for good, in order. */
+  records: FetchedRecord[] = [];
+  /** Where to read on. */
+  next = -1;
+  outOfRange = false;
+  #bytes = 0;
+  #failure: { readonly error: unknown } | undefined;
+  #wake = Promise.withResolvers<void>();
+
+  get wants(): boolean {
+    return this.next >= 0 && !this.outOfRange && this.#bytes < READY_BYTES;
+  }
+  /** Begins at another place. */
+  begin(offset: number): void {
+    this.records = [];
+    this.next = offset;
+    this.outOfRange = false;
+    this.#bytes = 0;
+  }
+  add({ records, next, outOfRange }: Fetched): void {
+    for (const record of records) {
+      this.records.push(record);
+      this.#bytes += sizeOf(record);
+    }
+    this.next = next;
+    this.outOfRange = outOfRange;
+  }
+  /** The first ones are taken for good. */
+  drop(count: number): void {
+    for (const record of this.records.splice(0, count)) this.#bytes -= sizeOf(record);
+  }
+  fail(error: unknown): void {
+    this.#failure = { error };
+    this.ring();
+  }
+  ring(): void {
+    this.#wake.resolve();
+    this.#wake = Promise.withResolvers();
+  }
+  /** Resolves when there may be news. */
+  get news(): Promise<void> {
+    return this.#wake.promise;
+  }
+  /** Throws what went wrong while it was read ahead, once. */
+  check(): void {
+    const failure = this.#failure;
+    this.#failure = undefined;
+    if (failure) throw failure.error;
+  }
+}
+
+// ------------------------------------------------------------------------------------------------------------------ source
+
+/**
+ * A topic as a source for `relayShards`, whose name is that of the consumer group. Records are read at `read_committed`, each
+ * partition in order. A member that has to give a partition up finishes its batch first; one that was too slow is shut out by its
+ * sink. Close it in the end.
+ *
+ * With claims (a sink that is called): what is parked is told by the store, and holds nothing back.
+ */
+export function kafkaSource(client: KafkaSourceClient, options: KafkaSourceOptions): SharedSource & AsyncDisposable {
+  const { topic, name = `kafka topic ${options.topic}`, start = "earliest", deadLetter, runtime = realRuntime } = options;
+  if (start !== "earliest" && start !== "latest") {
+    throw new RangeError(`Cannot start at "${start}": it must be earliest or latest`);
+  }
+  const readers = new Map<number, Reader>();
+  /** Places to be kept by the group. */
+  const dirty = new Map<number, GroupOffset>();
+  let opened: Promise<Opened> | undefined;
+  let member: KafkaMember | undefined;
+  /** The partitions of this member; undefined while it has to join. */
+  let assigned: readonly number[] | undefined;
+  let reading = false;
+
+  async function open() {
+    // What waits for records keeps nothing else waiting.
+    const [connection, fetching] = await Promise.all([client.open(), client.open()]);
+    const count = await connection.partitions(topic);
+    if (count > 0) return { connection, fetching, count, cluster: await connection.clusterId() };
+    await Promise.all([connection.close(), fetching.close()]);
+    throw new EffectError("source_invalid", `Topic "${topic}" does not exist in Kafka: create it`);
+  }
+  type Opened = Awaited<ReturnType<typeof open>>;
+  const connected = (): Promise<Opened> =>
+    opened ??= open().catch((error) => {
+      opened = undefined;
+      throw error;
+    });
+
+  /** Reads ahead, for as long as somebody reads. */
+  async function readAhead(): Promise<void> {
+    if (reading) return;
+    reading = true;
+    try {
+      const { fetching } = await connected();
+      for (;;) {
+        const wanted = new Map(
+          [...readers].filter(([, { wants }]) => wants).map(([partition, { next }]) => [partition, next]),
+        );
+        if (wanted.size === 0) return;
+        const found = await fetching.fetch(topic, wanted, WAIT_MS);
+        for (const [partition, reader] of readers) {
+          const fetched = found.get(partition);
+          if (fetched && reader.next === wanted.get(partition)) reader.add(fetched);
+          reader.ring(); // Whoever waits looks whether it is to stop.
+        }
+      }
+    } catch (error) {
+      for (const reader of readers.values()) reader.fail(error);
+    } finally {
+      reading = false;
+    }
+  }
+
+  /** Puts a record into the dead-letter topic. */
+  async function bury(group: string, { message, reason, attempts }: Park): Promise<void> {
+    const { connection } = await connected();
+    const count = await connection.partitions(deadLetter!);
+    if (count === 0) {
+      throw new EffectError("source_invalid", `The dead-letter topic "${deadLetter}" does not exist in Kafka: create it`);
+    }
+    const { topic, partition, offset, key, value, headers } = (message as KafkaMessage).kafka;
+    const origin = { topic, partition, offset, group, error: reason, ...attempts !== undefined && { attempts } };
+    const record = {
+      topic: deadLetter!,
+      partition: key ? partitionOf(key, count) : partition % count,
+      ...{ key, value },
+      headers: [
+        ...headers.map(([name, value]) => [name, value ?? ""] as const),
+        ...Object.entries(origin).map(([name, value]) => [`effectonce-${name}`, String(value)] as const),
+      ],
+    };
+    const { tooLarge } = await (await connection.begin(null, 30_000)).send([record]);
+    if (tooLarge.length > 0) {
+      throw new Error(`The dead-letter topic "${deadLetter}" does not take record ${offset}: it is too large`);
+    }
+  }
+
+  /** Lets the group keep places, for monitors and for those who have no other. */
+  async function keep(): Promise<void> {
+    if (dirty.size === 0 || !member || !assigned) return;
+    const kept = new Map(dirty);
+    if (!await member.commit(kept)) {
+      assigned = undefined;
+      return;
+    }
+    for (const [partition, place] of kept) if (dirty.get(partition) === place) dirty.delete(partition);
+  }
+
+  async function openPartition(partition: number, { relay, original }: SourceOptions): Promise<SourceSession> {
+    const { connection, count, cluster } = await connected();
+    const mine = assigned;
+    const lost = () => new EffectError("fenced", `Partition ${partition} of ${name} is another member's now`);
+    const reader = new Reader();
+    readers.set(partition, reader);
+    /** What there is at the start: whoever drains goes so far. */
+    const target = await connection.end(topic, partition);
+    const kept = await connection.kept(relay, topic, partition);
+    const note = kept && parseNote(kept.note);
+    const waiting = new Map<number, number>();
+    const of = `${cluster}/${topic}`;
+    /** The last batch that the sink has, as far as is known. */
+    let base: Position | undefined;
+    const sealed: Batch[] = [];
+    /** How many records are in sealed batches. */
+    let taken = 0;
+    /** Offsets of what went to the dead-letter topic. */
+    const parked = new Set<number>();
+    let accepted = false;
+
+    const diverged = (why: string) =>
+      new EffectError("diverged", `Partition ${partition} of ${name} is not what it was: ${why}`);
+
+    /** Where to go on behind a place, if it is still there. */
+    async function behind({ offset, stamp }: Place): Promise<number> {
+      const [first, end] = [await connection.start(topic, partition), await connection.end(topic, partition)];
+      if (end <= offset) {
+        if (accepted) return first;
+        throw diverged(`it ends at ${end}, and record ${offset} was taken. Was the topic made anew?`);
+      }
+      if (first > offset + 1 && !accepted) {
+        throw diverged(`records ${offset + 1} to ${first - 1} were deleted before they were taken`);
+      }
+      const { records } = (await connection.fetch(topic, new Map([[partition, offset]]), WAIT_MS)).get(partition) ??
+        { records: [] };
+      const [record] = records;
+      // Compaction may have removed it.
+      if (record?.offset === offset && (await placeOf(record)).stamp !== stamp) {
+        if (accepted) return first;
+        throw diverged(`its record ${offset} is another one than that which was taken. Was the topic made anew?`);
+      }
+      return Math.max(first, offset + 1);
+    }
+    /** Where to begin without a place in the sink. */
+    async function beginning(): Promise<number> {
+      const [first, end] = [await connection.start(topic, partition), await connection.end(topic, partition)];
+      // That of an ordinary consumer, or one that was chosen before: not that of a sink which has lost it.
+      if (kept && (!note || note.n === 0)) return Math.min(Math.max(kept.offset, first), end);
+      const chosen = start === "latest" ? end : first;
+      dirty.set(partition, { offset: chosen, note: JSON.stringify({ effectonce: { n: 0 } }) });
+      if (start === "latest") await keep(); // What comes from now on is not to be missed.
+      return chosen;
+    }
+    async function begin(cursor: Position): Promise<void> {
+      sealed.length = 0;
+      taken = 0;
+      const place = placeIn(cursor);
+      reader.begin(place ? await behind(place) : await beginning());
+      base = cursor;
+      readAhead();
+    }
+    /** Forgets what the sink has. */
+    async function follow(cursor: Position): Promise<void> {
+      if (base?.uid === cursor.uid) return;
+      const i = base ? sealed.findIndex(({ uid }) => uid === cursor.uid) : -1;
+      if (i < 0) return await begin(cursor);
+      sealed.splice(0, i + 1);
+      base = cursor;
+      const { offset } = placeIn(cursor)!;
+      const past = reader.records.findIndex((record) => record.offset > offset);
+      const count = past < 0 ? reader.records.length : past;
+      reader.drop(count);
+      taken -= count;
+      dirty.set(partition, { offset: offset + 1, note: JSON.stringify({ effectonce: { n: cursor.n } }) });
+      readAhead();
+    }
+    function check(): void {
+      if (assigned === undefined ? mine === undefined : !assigned.includes(partition)) throw lost();
+      reader.check();
+      if (reader.outOfRange && reader.records.length === taken) {
+        throw diverged(`record ${reader.next} was deleted before it was taken`);
+      }
+      readAhead();
+    }
+    /** Waits a moment for what was there at the start; answers whether that is still to come. */
+    async function lacks(from: number): Promise<boolean> {
+      const yet = () => reader.records.length <= from && reader.next < target;
+      check();
+      if (yet()) await reader.news;
+      check();
+      return yet();
+    }
+    /** Fixes the next batch. */
+    async function seal({ rows, bytes }: ReadLimits): Promise<{ readonly batch?: Batch; readonly waitMs: number | null }> {
+      if (await lacks(taken)) return { waitMs: 0 };
+      const messages: Message[] = [];
+      let size = 0;
+      let waitMs: number | null = null;
+      let i = taken;
+      for (; i < reader.records.length && i - taken < rows; i++) {
+        const record = reader.records[i]!;
+        const until = waiting.get(record.offset);
+        if (until !== undefined && until > runtime.now()) {
+          waitMs = until - runtime.now();
+          break;
+        }
+        size += record.value?.length ?? 0;
+        if (i > taken && size > bytes) break;
+        if (!parked.has(record.offset)) messages.push(toMessage(topic, partition, record));
+      }
+      if (i === taken) return { waitMs };
+      const prev = sealed.at(-1) ?? base!;
+      const { offset, stamp } = await placeOf(reader.records[i - 1]!);
+      const place: Position["rows"] = [[String(offset), stamp]];
+      const uid = await sha256(encoder.encode(chainText(prev.uid, place)));
+      const batch = { n: prev.n + 1, uid, prev: prev.uid, rows: place, messages };
+      taken = i;
+      return { batch, waitMs };
+    }
+    const offsetOf = (message: Message): number => (message as KafkaMessage).kafka.offset;
+
+    // By claims: the group keeps the place behind which all is done.
+    const done = new Set<number>();
+    async function beginByGroup(): Promise<void> {
+      if (reader.next >= 0) return;
+      reader.begin(note?.place ? await behind(note.place) : kept && note ? kept.offset : await beginning());
+      readAhead();
+    }
+    async function settle(offsets: readonly number[]): Promise<void> {
+      for (const offset of offsets) {
+        done.add(offset);
+        waiting.delete(offset);
+      }
+      let last: FetchedRecord | undefined;
+      let count = 0;
+      for (; done.delete(reader.records[count]?.offset ?? -1); count++) last = reader.records[count];
+      if (!last) return;
+      reader.drop(count); // Before anything is waited for: others settle at the same time.
+      readAhead();
+      const place = await placeOf(last);
+      if (place.offset < (dirty.get(partition)?.offset ?? 0)) return;
+      dirty.set(partition, { offset: place.offset + 1, note: JSON.stringify({ effectonce: { n: 0, place } }) });
+    }
+
+    return {
+      id: `${of}.${partition}`,
+      shard: { of, index: partition, count },
+      inherited: true,
+      exclusive: true,
+      async read({ rows, bytes }) {
+        await beginByGroup();
+        if (await lacks(0)) return { messages: [], waitMs: 0 };
+        const messages: Message[] = [];
+        const held = new Set<string>();
+        let [size, waitMs] = [0, null as number | null];
+        for (const record of reader.records) {
+          if (done.has(record.offset)) continue;
+          const message = toMessage(topic, partition, record);
+          const until = waiting.get(record.offset);
+          if (until !== undefined && until > runtime.now()) {
+            waitMs = Math.min(waitMs ?? Infinity, until - runtime.now());
+            if (message.key !== null) held.add(message.key);
+            continue;
+          }
+          if (message.key !== null && held.has(message.key)) continue;
+          size += record.value?.length ?? 0;
+          if (messages.length === rows || messages.length > 0 && size > bytes) break;
+          messages.push(message);
+        }
+        return { messages, waitMs };
+      },
+      settle: (messages) => settle(messages.map(offsetOf)),
+      async park(parks) {
+        for (const park of parks) {
+          const offset = offsetOf(park.message);
+          if (park.retryMs !== null) waiting.set(offset, runtime.now() + park.retryMs);
+          else {
+            // The store tells of it as well.
+            if (deadLetter !== undefined) await bury(relay, park);
+            await settle([offset]);
+          }
+        }
+      },
+      // deno-lint-ignore require-await -- what throws here must reject
+      async settled() {
+        if (assigned !== undefined && !assigned.includes(partition)) throw lost();
+        return original ? note?.n ?? 0 : 0;
+      },
+      async seal(ring, limits) {
+        check();
+        await follow(ring.at(-1) ?? START);
+        let waitMs: number | null = null;
+        if (sealed.length < 2) {
+          const next = await seal(limits);
+          ({ waitMs } = next);
+          if (next.batch) sealed.push(next.batch);
+        }
+        return { batches: [...sealed], waitMs, repaired: [] };
+      },
+      async unseal(ring, parks) {
+        await follow(ring.at(-1) ?? START);
+        sealed.length = 0;
+        taken = 0;
+        for (const park of parks) {
+          const offset = offsetOf(park.message);
+          if (park.retryMs !== null) {
+            waiting.set(offset, runtime.now() + park.retryMs);
+            continue;
+          }
+          if (deadLetter === undefined) {
+            const where = `record ${offset} of partition ${partition} of ${name}`;
+            const why = `${park.reason}. Give it a dead-letter topic, to go on without what is refused`;
+            throw new EffectError("rejected", `There is no way past ${where}: ${why}`);
+          }
+          await bury(relay, park);
+          parked.add(offset);
+        }
+      },
+      async adopt(ring) {
+        accepted = true;
+        await begin(ring.at(-1) ?? START);
+      },
+      async wait(ms, signal) {
+        const over = new AbortController();
+        const stop = signal ? AbortSignal.any([signal, over.signal]) : over.signal;
+        await Promise.race([reader.news, runtime.sleep(ms, stop)]);
+        over.abort();
+      },
+      renew: () => Promise.resolve(),
+      async close() {
+        if (readers.get(partition) === reader) readers.delete(partition);
+        await keep();
+      },
+    };
+  }
+
+  return {
+    name,
+    shards: async () => (await connected()).count,
+    shard: (partition) => ({
+      name: `${name}, partition ${partition}`,
+      seals: true,
+      open: (options) => openPartition(partition, options),
+    }),
+    async assign(relay, _, leaseMs, running) {
+      try {
+        const { connection } = await connected();
+        member ??= connection.member(relay, topic, Math.max(leaseMs, 6_000));
+        if (assigned) {
+          await keep();
+          if (assigned && await member.beat()) return assigned;
+        } else await member.beat(); // So that it is not given up while it finishes what it has in hand.
+        assigned = undefined;
+        // What it has in hand is finished first: the others wait for it.
+        if (running.length > 0) return [];
+        return assigned = await member.join();
+      } catch (error) {
+        if (error instanceof EffectError) throw error;
+        throw new EffectError("busy", `${name} could not be reached: ${(error as Error).message}`, { cause: error });
+      }
+    },
+    async leave() {
+      await keep();
+      await member?.leave();
+      member = undefined;
+      assigned = undefined;
+    },
+    // Each partition that is drained is at the end that it had; what others have is theirs.
+    status: () => Promise.resolve({ pending: 0, heldBack: 0 }),
+    async [Symbol.asyncDispose]() {
+      const last = await opened?.catch(() => undefined);
+      opened = undefined;
+      await Promise.all([last?.connection.close(), last?.fetching.close()]);
+    },
+  };
+}

@@ -1,0 +1,340 @@
+/** Kafka as a source, on a real broker. */
+import { assert, assertEquals, assertMatch, assertRejects } from "@std/assert";
+import { Buffer } from "node:buffer";
+import { CompressionTypes, type Message as Produced } from "kafkajs";
+import {
+  EffectError,
+  handler,
+  type Message,
+  rejected,
+  type RelayEvent,
+  type RelayReport,
+  retryable,
+  type Sink,
+} from "@effectonce/effectonce";
+import { type KafkaMessage, kafkaSource, type KafkaSourceOptions } from "@effectonce/effectonce/kafka-source";
+import { kafkajs } from "@effectonce/effectonce/kafkajs";
+import { memorySink, memoryStore } from "@effectonce/effectonce/memory";
+import { relayShards, type ShardsOptions } from "@effectonce/effectonce/shards";
+import { until } from "./cli_run.ts";
+import { freshName, kafkaOf, makeTopic, readTopic } from "./kafka/topics.ts";
+import { service } from "./services/mod.ts";
+
+const BROKERS = await service("kafka");
+const clientOf = () => kafkajs(kafkaOf(BROKERS));
+const utf8 = new TextEncoder();
+
+async function produce(topic: string, messages: readonly Produced[], compression = CompressionTypes.None) {
+  const producer = kafkaOf(BROKERS).producer({ idempotent: true, maxInFlightRequests: 1 }); // Else it sends twice what it repeats.
+  await producer.connect();
+  await producer.send({ topic, messages: [...messages], compression });
+  await producer.disconnect();
+}
+const numbered = (from: number, to: number) =>
+  Array.from({ length: to - from }, (_, i) => ({ key: `k${(from + i) % 7}`, value: String(from + i) }));
+
+type Relaying = Partial<Omit<ShardsOptions, "to">> & { readonly to: Sink; readonly source?: Partial<KafkaSourceOptions> };
+const QUICK = { leaseMs: 6_000, pollMs: 5, minRetryMs: 1, maxRetryMs: 20 } as const;
+
+async function drained(topic: string, { source, ...options }: Relaying): Promise<RelayReport> {
+  await using from = kafkaSource(clientOf(), { topic, ...source });
+  return await relayShards({ ...QUICK, ...options, from, drain: true });
+}
+/** Keeps what it was given, in the transaction of its position. */
+function ledger(fails?: (message: Message) => void) {
+  const store = memoryStore();
+  const to = handler(store, async (message, effects) => {
+    fails?.(message);
+    await effects.enqueue({ topic: "seen", key: message.key, value: message.value });
+  });
+  return { store, to, texts: () => store.outbox().map(({ value }) => new TextDecoder().decode(value ?? undefined)) };
+}
+/** Of each key, which is its number modulo 7. */
+function assertOrder(texts: readonly string[]): void {
+  for (let k = 0; k < 7; k++) {
+    const mine = texts.map(Number).filter((n) => n % 7 === k);
+    assertEquals(mine, mine.toSorted((a, b) => a - b), `k${k}`);
+  }
+}
+
+Deno.test("each record is handled once, in order, over several runs, from where the sink stands", async () => {
+  const topic = await makeTopic(BROKERS, { partitions: 3 });
+  const { to, texts } = ledger();
+  const name = freshName("group");
+  await produce(topic, numbered(0, 50));
+  assertEquals((await drained(topic, { name, to })).delivered, 50);
+  assertEquals((await drained(topic, { name, to })).delivered, 0);
+  await produce(topic, numbered(50, 80));
+  assertEquals((await drained(topic, { name, to, batch: 4 })).delivered, 30);
+  assertEquals(texts().map(Number).toSorted((a, b) => a - b), Array.from({ length: 80 }, (_, i) => i));
+  assertOrder(texts());
+  // The group knows the places, for monitors.
+  const admin = kafkaOf(BROKERS).admin();
+  await admin.connect();
+  const [kept] = await admin.fetchOffsets({ groupId: name, topics: [topic] });
+  const ends = await admin.fetchTopicOffsets(topic);
+  await admin.disconnect();
+  const offsets = (all: readonly { partition: number; offset: string }[]) =>
+    all.map(({ partition, offset }) => `${partition}@${offset}`).toSorted();
+  assertEquals(offsets(kept!.partitions), offsets(ends));
+});
+
+Deno.test("keys, values and headers come as they are: no text, tombstones, empty, twice; compressed; times", async () => {
+  const topic = await makeTopic(BROKERS);
+  const seen: Message[] = [];
+  const to = handler(memoryStore(), (message) => Promise.resolve(void seen.push(message)));
+  const odd = Buffer.from([0xff, 0, 0x80]);
+  const timestamp = "1700000000123";
+  await produce(topic, [
+    { key: odd, value: odd, headers: { "a": odd, "b": ["1", "2"] }, timestamp },
+    { key: null, value: null, timestamp },
+    { key: "", value: "", timestamp },
+  ]);
+  await produce(topic, [{ key: "ü", value: "x".repeat(1000) }], CompressionTypes.GZIP);
+  await drained(topic, { name: freshName("group"), to });
+  const [first, tombstone, empty, packed] = seen as unknown as readonly KafkaMessage[];
+  assertEquals(first!.key, `base64:${btoa("\xff\0\x80")}`);
+  assertEquals([...first!.kafka.key!], [...odd]);
+  assertEquals([...first!.value!], [...odd]);
+  assertEquals(first!.kafka.headers.map(([name, value]) => [name, [...value!]]), [["a", [...odd]], ["b", [49]], ["b", [
+    50,
+  ]]]);
+  assertEquals([first!.time.getTime(), first!.kafka.offset, first!.kafka.partition], [1700000000123, 0, 0]);
+  assertEquals([tombstone!.key, tombstone!.value, tombstone!.kafka.key], [null, null, null]);
+  assertEquals([empty!.key, empty!.value?.length], ["", 0]);
+  assertEquals([packed!.key, packed!.text().length], ["ü", 1000]);
+  assertEquals(first!.id, `${topic}-0-0-1700000000123`);
+});
+
+Deno.test("records of transactions that were given up do not come, and their offsets are passed", async () => {
+  const topic = await makeTopic(BROKERS);
+  const connection = await clientOf().open();
+  const record = (value: string) => ({ topic, partition: 0, key: null, value: utf8.encode(value), headers: [] });
+  const [a, b] = [freshName("tx"), freshName("tx")];
+  // Two that overlap; the one that began first ends last, so that the broker's list of them is not in order.
+  const [first, second] = [await connection.begin(a, 60_000), await connection.begin(b, 60_000)];
+  await first.send([record("never 1")]);
+  await second.send([record("never 2")]);
+  await first.send([record("never 3")]);
+  await connection.begin(b, 60_000);
+  await connection.begin(a, 60_000);
+  const good = await connection.begin(a, 60_000);
+  await good.send([record("1"), record("2")]);
+  await good.commit();
+  await connection.close();
+  const { to, texts } = ledger();
+  const name = freshName("group");
+  await drained(topic, { name, to });
+  assertEquals(texts(), ["1", "2"]);
+  await produce(topic, [{ value: "3" }]);
+  await drained(topic, { name, to });
+  assertEquals(texts(), ["1", "2", "3"]);
+});
+
+Deno.test("a record that is refused goes to the dead-letter topic, with where it came from and why, and the others go on", async () => {
+  const [topic, deadLetter] = [await makeTopic(BROKERS), await makeTopic(BROKERS)];
+  const name = freshName("group");
+  const { to, texts } = ledger((message) => {
+    if (message.text() === "13") throw rejected("not that one");
+    if (message.text() === "17") throw new Error("always");
+  });
+  await produce(topic, numbered(0, 30));
+  const report = await drained(topic, { name, to, source: { deadLetter }, attempts: 2, batch: 10 });
+  assertEquals([report.delivered, report.parked], [28, 2]);
+  assertEquals(texts().map(Number), Array.from({ length: 30 }, (_, i) => i).filter((i) => i !== 13 && i !== 17));
+  const dead = await readTopic(BROKERS, deadLetter);
+  assertEquals(dead.map(({ key, value, headers }) => [key, value, headers]), [
+    ["k6", "13", {
+      "effectonce-topic": topic,
+      "effectonce-partition": "0",
+      "effectonce-offset": "13",
+      "effectonce-group": name,
+      "effectonce-error": "not that one",
+      "effectonce-attempts": "1",
+    }],
+    ["k3", "17", {
+      "effectonce-topic": topic,
+      "effectonce-partition": "0",
+      "effectonce-offset": "17",
+      "effectonce-group": name,
+      "effectonce-error": "always",
+      "effectonce-attempts": "2",
+    }],
+  ]);
+});
+
+Deno.test("without a dead-letter topic a record that is refused ends the relay, before it, with a sentence", async () => {
+  const topic = await makeTopic(BROKERS);
+  const { to, texts } = ledger((message) => {
+    if (message.text() === "3") throw rejected("not that one");
+  });
+  await produce(topic, numbered(0, 5));
+  const error = await assertRejects(() => drained(topic, { name: freshName("group"), to, batch: 1 }), EffectError);
+  assertMatch(
+    error.message,
+    /no way past record 3 of partition 0 of kafka topic .*: not that one. Give it a dead-letter topic/,
+  );
+  assertEquals(texts(), ["0", "1", "2"]);
+});
+
+async function recreate(topic: string): Promise<void> {
+  const admin = kafkaOf(BROKERS).admin();
+  await admin.connect();
+  await admin.deleteTopics({ topics: [topic] });
+  while ((await admin.listTopics()).includes(topic)) await new Promise((resolve) => setTimeout(resolve, 50));
+  await admin.disconnect();
+  await makeTopic(BROKERS, { name: topic });
+}
+
+for (const [what, again] of [["shorter", 2], ["as long, with other records", 5]] as const) {
+  Deno.test(`a topic that was made anew, ${what}, ends the relay; accepted it begins with it (acceptance 26)`, async () => {
+    const topic = await makeTopic(BROKERS);
+    const { to, texts } = ledger();
+    const name = freshName("group");
+    await produce(topic, numbered(0, 5));
+    await drained(topic, { name, to });
+    await recreate(topic);
+    await produce(topic, numbered(100, 100 + again));
+    const error = await assertRejects(() => drained(topic, { name, to }), EffectError);
+    assertEquals(error.code, "diverged");
+    assertMatch(error.message, /Was the topic made anew\?/);
+    assertEquals(texts().length, 5);
+    await drained(topic, { name, to, acceptSource: () => Promise.resolve(true) });
+    assertEquals(texts().slice(5).map(Number), numbered(100, 100 + again).map(({ value }) => Number(value)));
+  });
+}
+
+Deno.test("records that were deleted before they were taken end the relay; accepted it goes on behind them (acceptance 26)", async () => {
+  const topic = await makeTopic(BROKERS);
+  const { to, texts } = ledger();
+  const name = freshName("group");
+  await produce(topic, numbered(0, 3));
+  await drained(topic, { name, to });
+  await produce(topic, numbered(3, 8));
+  const admin = kafkaOf(BROKERS).admin();
+  await admin.connect();
+  await admin.fetchTopicOffsets(topic); // Else it does not know the topic.
+  await admin.deleteTopicRecords({ topic, partitions: [{ partition: 0, offset: "6" }] });
+  await admin.disconnect();
+  const error = await assertRejects(() => drained(topic, { name, to }), EffectError);
+  assertEquals(error.code, "diverged");
+  assertMatch(error.message, /records 3 to 5 were deleted before they were taken/);
+  await drained(topic, { name, to, acceptSource: () => Promise.resolve(true) });
+  assertEquals(texts(), ["0", "1", "2", "6", "7"]);
+});
+
+Deno.test("a relay begins at the earliest record, at the latest if it is to, or where an ordinary consumer of the group was", async () => {
+  const topic = await makeTopic(BROKERS);
+  await produce(topic, numbered(0, 4));
+  const [late, heir] = [ledger(), ledger()];
+  const names = [freshName("group"), freshName("group")];
+  const admin = kafkaOf(BROKERS).admin();
+  await admin.connect();
+  await admin.setOffsets({ groupId: names[1]!, topic, partitions: [{ partition: 0, offset: "2" }] });
+  await admin.disconnect();
+  await drained(topic, { name: names[0]!, to: late.to, source: { start: "latest" } });
+  await drained(topic, { name: names[1]!, to: heir.to });
+  assertEquals([late.texts(), heir.texts()], [[], ["2", "3"]]);
+  await produce(topic, numbered(4, 6));
+  await drained(topic, { name: names[0]!, to: late.to, source: { start: "latest" } });
+  assertEquals(late.texts(), ["4", "5"], "what came after the first run, though nothing was taken in it");
+});
+
+Deno.test("a sink that is called: each record is claimed, and the group keeps the place", async () => {
+  const topic = await makeTopic(BROKERS, { partitions: 2 });
+  const store = memoryStore();
+  const name = freshName("group");
+  const got: string[] = [];
+  let failures = 0;
+  const to = memorySink({
+    deliver(message) {
+      if (message.text() === "5" && failures++ < 2) return Promise.reject(retryable("later"));
+      if (message.text() === "7") return Promise.reject(rejected("never"));
+      got.push(message.text());
+      return Promise.resolve(null);
+    },
+  });
+  await produce(topic, numbered(0, 20));
+  const report = await drained(topic, { name, to, store, onPark: "skip", lanes: 4 });
+  assertEquals([report.delivered, report.parked], [19, 1]);
+  assertEquals(got.map(Number).toSorted((a, b) => a - b), Array.from({ length: 20 }, (_, i) => i).filter((i) => i !== 7));
+  for (let k = 0; k < 7; k++) {
+    const mine = got.map(Number).filter((n) => n % 7 === k);
+    assertEquals(mine, mine.toSorted((a, b) => a - b));
+  }
+  assertEquals((await drained(topic, { name, to, store, onPark: "skip" })).delivered, 0);
+  // The group has lost its place: claims know what was done.
+  const admin = kafkaOf(BROKERS).admin();
+  await admin.connect();
+  await admin.deleteGroups([name]);
+  await admin.disconnect();
+  await drained(topic, { name, to, store, onPark: "skip" });
+  assertEquals(got.length, 19);
+});
+
+Deno.test("members share the partitions, and hand them over: each record once, in order, while they come and go", async () => {
+  const topic = await makeTopic(BROKERS, { partitions: 6 });
+  const { to, texts } = ledger();
+  const name = freshName("group");
+  const total = 3_000;
+  const events: RelayEvent[] = [];
+  function start() {
+    const stop = new AbortController();
+    const from = kafkaSource(clientOf(), { topic });
+    const ended = relayShards({
+      ...{ ...QUICK, name, from, to, batch: 5, signal: stop.signal },
+      observe: (event) => events.push(event),
+    }).finally(() => from[Symbol.asyncDispose]());
+    return {
+      async stop() {
+        stop.abort();
+        await ended;
+      },
+    };
+  }
+  const members = [start(), start()];
+  let sent = 0;
+  const sending = (async () => {
+    while (sent < total) {
+      await produce(topic, numbered(sent, sent += 100));
+      await new Promise((resolve) => setTimeout(resolve, 50));
+    }
+  })();
+  for (let n = 0; n < 4; n++) {
+    const before = texts().length;
+    await until(() => texts().length > before || texts().length === total);
+    members.push(start());
+    await members.shift()!.stop();
+  }
+  await sending;
+  await until(() => texts().length >= total, 60_000);
+  for (const member of members) await member.stop();
+  assertEquals(
+    texts().map(Number).toSorted((a, b) => a - b),
+    Array.from({ length: total }, (_, i) => i),
+  );
+  assertOrder(texts());
+  assert(events.filter(({ type }) => type === "started").length > 12, "partitions went from one to another");
+});
+
+Deno.test("what is no place to read from is said in a sentence", async () => {
+  const to = memorySink();
+  const missing = freshName("missing");
+  const error = await assertRejects(
+    () => drained(missing, { name: freshName("group"), to, store: memoryStore() }),
+    EffectError,
+  );
+  assertMatch(error.message, new RegExp(`Topic "${missing}" does not exist in Kafka: create it`));
+  const topic = await makeTopic(BROKERS);
+  const name = freshName("group");
+  const consumer = kafkaOf(BROKERS).consumer({ groupId: name });
+  await consumer.connect();
+  await consumer.subscribe({ topics: [topic] });
+  const joined = Promise.withResolvers<void>();
+  consumer.on("consumer.group_join", () => joined.resolve());
+  await consumer.run({ eachMessage: () => Promise.resolve() });
+  await joined.promise;
+  const mixed = await assertRejects(() => drained(topic, { name, to, store: memoryStore() }), EffectError);
+  await consumer.disconnect();
+  assertMatch(mixed.message, /the group ".*" has consumers that are no effectonce: give the relay a name of its own/);
+});
