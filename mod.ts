@@ -1519,6 +1519,31 @@ export function handler<C>(
   };
 }
 
+/** A function for {@linkcode handler}, as a module of its own exports it for the command line. */
+export interface Handler<C> extends HandlerOptions {
+  /** As `run` of {@linkcode handler}. */
+  readonly handle: (message: Message, effects: EffectTransaction, client: C) => Promise<void>;
+}
+
+/**
+ * What a file exports as default for `relay --handler FILE`; `C`: the database's client, such as `pg.PoolClient`.
+ *
+ * ```ts
+ * import { defineHandler } from "@effectonce/effectonce";
+ *
+ * interface Client {
+ *   query(sql: string, values: unknown[]): Promise<unknown>;
+ * }
+ * export default defineHandler<Client>(async (message, _effects, client) => {
+ *   const { id, total } = message.json<{ id: string; total: number }>();
+ *   await client.query("insert into payments (id, total) values ($1, $2)", [id, total]);
+ * });
+ * ```
+ */
+export function defineHandler<C>(handle: Handler<C>["handle"], options: HandlerOptions = {}): Handler<C> {
+  return { ...options, handle };
+}
+
 /** What a relay promises, and on what. */
 export interface Guarantee {
   /** The promise. */

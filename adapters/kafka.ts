@@ -324,14 +324,19 @@ function createRecords(
       if (typeof found === "string") {
         throw refusedMessage(message, new Error(`topic "${topic}" does not exist in Kafka: ${found}`));
       }
-      const key = message.key === null ? null : encoder.encode(message.key);
+      // One that was a record goes on with its own bytes.
+      const { kafka } = message as Message & {
+        readonly kafka?: Pick<KafkaRecord, "key"> & { readonly headers: RawHeaders };
+      };
+      const key = kafka ? kafka.key : message.key === null ? null : encoder.encode(message.key);
+      const own = kafka ? kafka.headers.map(([name, value]) => [name, value ?? ""] as const) : Object.entries(headers);
       const record: KafkaRecord = {
         topic,
         partition: key === null ? turn % found.partitions : partitionOf(key, found.partitions),
         key,
         value,
         headers: [
-          ...Object.entries(headers).filter(([name]) => !RESERVED.test(name)),
+          ...own.filter(([name]) => !RESERVED.test(name)),
           ["ce_specversion", "1.0"],
           ["ce_id", id],
           ["ce_source", source],
@@ -387,6 +392,8 @@ function createRecords(
     },
   };
 }
+
+type RawHeaders = readonly (readonly [name: string, value: Uint8Array | null])[];
 
 /** Whose names these are does not depend on the message. */
 const RESERVED = /^(ce_(specversion|id|source|type|time)|effectonce-(shard|position))$/i;

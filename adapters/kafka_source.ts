@@ -122,6 +122,12 @@ export interface KafkaSourceOptions {
   /** The topic. */
   readonly topic: string;
   /**
+   * The consumer group.
+   *
+   * @default {undefined} The relay's name.
+   */
+  readonly group?: string;
+  /**
    * A name for people, without secrets.
    *
    * @default {"kafka topic", and the topic}
@@ -286,7 +292,39 @@ class Reader {
   }
 }
 
+/** How far a consumer group is in a partition. */
+export interface KafkaLag {
+  /** The partition. */
+  readonly partition: number;
+  /** The offset of the next record that the group takes; null if it has none yet. */
+  readonly offset: number | null;
+  /** Where the partition ends. */
+  readonly end: number;
+  /** How many offsets are in between, of which some may be no records. */
+  readonly lag: number;
+}
+
+/** How far a consumer group is in a topic: as the group knows, which follows its sinks by a second or so. */
+export async function kafkaLag(client: KafkaSourceClient, group: string, topic: string): Promise<readonly KafkaLag[]> {
+  const connection = await client.open();
+  try {
+    const found: KafkaLag[] = [];
+    const count = await connection.partitions(topic);
+    for (let partition = 0; partition < count; partition++) {
+      const end = await connection.end(topic, partition);
+      const offset = (await connection.kept(group, topic, partition))?.offset ?? null;
+      found.push({ partition, offset, end, lag: Math.max(0, end - (offset ?? await connection.start(topic, partition))) });
+    }
+    return found;
+  } finally {
+    await connection.close();
+  }
+}
+
 // ------------------------------------------------------------------------------------------------------------------ source
+
+/** A topic as a source, which is closed in the end. */
+export type KafkaSource = SharedSource & AsyncDisposable;
 
 /**
  * A topic as a source for `relayShards`, whose name is that of the consumer group. Records are read at `read_committed`, each
@@ -295,7 +333,7 @@ class Reader {
  *
  * With claims (a sink that is called): what is parked is told by the store, and holds nothing back.
  */
-export function kafkaSource(client: KafkaSourceClient, options: KafkaSourceOptions): SharedSource & AsyncDisposable {
+export function kafkaSource(client: KafkaSourceClient, options: KafkaSourceOptions): KafkaSource {
   const { topic, name = `kafka topic ${options.topic}`, start = "earliest", deadLetter, runtime = realRuntime } = options;
   if (start !== "earliest" && start !== "latest") {
     throw new RangeError(`Cannot start at "${start}": it must be earliest or latest`);
@@ -392,7 +430,8 @@ export function kafkaSource(client: KafkaSourceClient, options: KafkaSourceOptio
     readers.set(partition, reader);
     /** What there is at the start: whoever drains goes so far. */
     const target = await connection.end(topic, partition);
-    const kept = await connection.kept(relay, topic, partition);
+    const group = options.group ?? relay;
+    const kept = await connection.kept(group, topic, partition);
     const note = kept && parseNote(kept.note);
     const waiting = new Map<number, number>();
     const of = `${cluster}/${topic}`;
@@ -563,7 +602,7 @@ export function kafkaSource(client: KafkaSourceClient, options: KafkaSourceOptio
           if (park.retryMs !== null) waiting.set(offset, runtime.now() + park.retryMs);
           else {
             // The store tells of it as well.
-            if (deadLetter !== undefined) await bury(relay, park);
+            if (deadLetter !== undefined) await bury(group, park);
             await settle([offset]);
           }
         }
@@ -599,7 +638,7 @@ export function kafkaSource(client: KafkaSourceClient, options: KafkaSourceOptio
             const why = `${park.reason}. Give it a dead-letter topic, to go on without what is refused`;
             throw new EffectError("rejected", `There is no way past ${where}: ${why}`);
           }
-          await bury(relay, park);
+          await bury(group, park);
           parked.add(offset);
         }
       },
@@ -632,7 +671,7 @@ export function kafkaSource(client: KafkaSourceClient, options: KafkaSourceOptio
     async assign(relay, _, leaseMs, running) {
       try {
         const { connection } = await connected();
-        member ??= connection.member(relay, topic, Math.max(leaseMs, 6_000));
+        member ??= connection.member(options.group ?? relay, topic, Math.max(leaseMs, 6_000));
         if (assigned) {
           await keep();
           if (assigned && await member.beat()) return assigned;
@@ -653,7 +692,7 @@ export function kafkaSource(client: KafkaSourceClient, options: KafkaSourceOptio
       assigned = undefined;
     },
     // Each partition that is drained is at the end that it had; what others have is theirs.
-    status: () => Promise.resolve({ pending: 0, heldBack: 0 }),
+    left: () => Promise.resolve(false),
     async [Symbol.asyncDispose]() {
       const last = await opened?.catch(() => undefined);
       opened = undefined;

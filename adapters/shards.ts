@@ -22,15 +22,7 @@
  *
  * @module
  */
-import {
-  EffectError,
-  type OutboxStatus,
-  realRuntime,
-  relay,
-  type RelayOptions,
-  type RelayReport,
-  type Source,
-} from "../mod.ts";
+import { EffectError, realRuntime, relay, type RelayOptions, type RelayReport, type Source } from "../mod.ts";
 import type { ShardedOutbox } from "./sql.ts";
 export type { ShardedOutbox };
 
@@ -52,8 +44,8 @@ export interface SharedSource {
   assign(relay: string, member: string, leaseMs: number, running: readonly number[]): Promise<readonly number[]>;
   /** The member has stopped: its shards are free. */
   leave(relay: string, member: string): Promise<void>;
-  /** Whether there is more, in whichever shard. */
-  status(): Promise<Pick<OutboxStatus, "pending" | "heldBack">>;
+  /** Whether there is something left that can be delivered, in whichever shard. */
+  left(): Promise<boolean>;
 }
 
 /** How to relay the shards of a source. */
@@ -117,8 +109,7 @@ export async function relayShards(options: ShardsOptions): Promise<RelayReport> 
       if (over()) break;
       if (drain && running.size === 0 && mine.every((shard) => drained.has(shard))) {
         // There may be more in shards that others have, who give some up when they see this one, or have died and are waited for.
-        const { pending, heldBack } = await from.status();
-        if (pending === heldBack) break;
+        if (!await from.left()) break;
         drained.clear();
       }
       await runtime.sleep(Math.min(leaseMs / 3, 1_000), bell.signal);

@@ -1689,6 +1689,10 @@ export function sqlOutbox(unchecked: SqlServer<never>, options: SqlOutboxOptions
         }
         return [...keep, ...take].sort((a, b) => a - b);
       }, LOCK_META),
+    async left() {
+      const { pending, heldBack } = await this.status();
+      return pending > heldBack;
+    },
     leave: (relay, member) =>
       write(async ({ run }) => {
         const values = [dialect.name(relay), member];

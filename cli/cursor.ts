@@ -62,8 +62,9 @@ async function withSides<T>(flags: Flags, run: (sides: Sides) => Promise<T>): Pr
   if (!kafka.transactions) throw new UsageError(`${label}: without transactions there is no cursor`);
   permitTarget(flags);
   await using closing = new AsyncDisposableStack();
-  const { source } = await openEnds(flags, closing);
-  return await run({ kafka, outbox: source, shards: await source.sealed(flags.text("name")!) });
+  const { outbox } = await openEnds(flags, closing);
+  if (!outbox) throw new UsageError(`${flags.label("from")}: only relays from an outbox have a cursor to look at`);
+  return await run({ kafka, outbox, shards: await outbox.sealed(flags.text("name")!) });
 }
 
 const look = (kafka: KafkaUrl, owner: PositionOwner): Promise<KafkaCursor> => readKafkaCursor(kafka.client, owner, kafka);

@@ -3,12 +3,16 @@
  *
  * @module
  */
-import type { Outbox } from "../mod.ts";
+import type { AtomicSink, CallSink, ClaimStore, Outbox, Source } from "../mod.ts";
+import { kafkaLag, type KafkaSource, kafkaSource } from "../adapters/kafka_source.ts";
 import type { Database } from "./database.ts";
 import { reason, UsageError } from "./errors.ts";
 import type { Flags } from "./flags.ts";
+import { checkDatabaseSink, isDatabase, openDatabaseSink } from "./handlers.ts";
+import { permitKafka, readKafkaFrom } from "./kafka.ts";
 import { shellUrl } from "./mask.ts";
 import { openDatabase, openSink } from "./open.ts";
+import { parts } from "./url.ts";
 
 /** A relay whose flags make sense together; nothing is open yet. */
 export interface Plan {
@@ -16,9 +20,12 @@ export interface Plan {
   readonly name: string;
   /** Its flags. */
   readonly flags: Flags;
-  /** Its target. */
-  readonly sink: ReturnType<typeof openSink>;
+  /** Its target; undefined if that is a database, which is yet to be opened. */
+  readonly target: ReturnType<typeof openSink> | undefined;
 }
+
+/** Whether a relay reads a topic. */
+export const isFromKafka = (flags: Flags): boolean => parts(flags.label("from"), flags.url("from")!).scheme === "kafka";
 
 /** @throws {UsageError} If they do not. */
 export function planOf(flags: Flags): Plan {
@@ -26,25 +33,61 @@ export function planOf(flags: Flags): Plan {
   if (min > max) {
     throw new UsageError(`${flags.label("min-retry-ms")} must be at most ${flags.label("max-retry-ms")}, which is ${max}`);
   }
-  const sink = openSink(flags);
-  const repeats = sink.kind === "call" && sink.repeat === "same-key";
+  flags.given("from");
+  flags.given("to");
+  const database = isDatabase(flags);
+  if (database) checkDatabaseSink(flags);
+  else if (flags.layer.get("handler")?.source === "flag") {
+    throw new UsageError(`${flags.label("handler")} is for targets that are databases`);
+  }
+  const sink = database ? undefined : openSink(flags);
+  const repeats = sink?.kind === "call" && sink.repeat === "same-key";
   for (const other of [...flags.has("store") ? ["store"] : [], ...repeats ? ["idempotent"] : []]) {
     if (!flags.on("allow-duplicates")) continue;
     throw new UsageError(`${flags.label("allow-duplicates")} makes no claims: it excludes ${flags.label(other)}`);
   }
-  return { name: flags.text("name")!, flags, sink };
+  if (!isFromKafka(flags)) return { name: flags.text("name")!, flags, target: sink };
+  const { group } = readKafkaFrom(flags.label("from"), flags.url("from")!);
+  for (const other of ["topics", "keep"]) {
+    if (flags.layer.get(other)?.source === "flag") {
+      throw new UsageError(`${flags.label(other)} is for outboxes, not for kafka:`);
+    }
+  }
+  if (flags.has("on-park") && flags.layer.get("on-park") && flags.text("on-park") === "block") {
+    throw new UsageError(`${flags.label("on-park")}: a topic cannot hold back what comes behind a parked record: only skip`);
+  }
+  if (sink?.kind === "atomic" && parts(flags.label("to"), flags.url("to")!).scheme === "file") {
+    throw new UsageError(`${flags.label("to")}: a file takes one relay, and each partition of a topic has its own`);
+  }
+  if (sink?.kind === "call" && sink.repeat !== "always" && !flags.has("store") && !flags.on("allow-duplicates")) {
+    const why = "where are calls claimed? Give --store with a database, or --allow-duplicates";
+    throw new UsageError(`${flags.label("store")} is missing: ${why}`);
+  }
+  return { name: flags.layer.has("name") ? flags.text("name")! : group, flags, target: sink };
 }
 
 /** Where a relay's messages and claims are, open. */
 export interface Ends {
-  /** Its outbox. */
-  readonly source: Outbox;
+  /** Asked for its name and for what is pending. */
+  readonly source: Source & Pick<Outbox, "status">;
+  /** Its outbox, if it has one. */
+  readonly outbox: Outbox | undefined;
+  /** The topic that it reads, if it does. */
+  readonly topic: KafkaSource | undefined;
   /** The store of its claims. */
-  readonly store: Database["store"];
+  readonly store: ClaimStore | undefined;
   /** The database of its outbox, and that of its claims if it is another one. */
   readonly databases: readonly Database[];
   /** The flags with which `effects` finds them, without secrets. */
   readonly advice: string;
+}
+
+/** Opens the target of a relay, if that is yet to be done, and has it closed at the end. */
+export async function openTarget({ flags, target }: Plan, closing: AsyncDisposableStack): Promise<AtomicSink | CallSink> {
+  if (target) return target;
+  const { sink, database } = await openDatabaseSink(flags);
+  closing.defer(() => database.close());
+  return sink;
 }
 
 /**
@@ -62,15 +105,45 @@ export async function openEnds(flags: Flags, closing: AsyncDisposableStack, mayB
     databases.push(database);
     return database;
   };
+  if (isFromKafka(flags)) {
+    const store = flags.has("store") ? await open("store") : undefined;
+    return {
+      ...openTopic(flags, closing),
+      store: store?.store,
+      databases,
+      advice: store ? `--store ${shellUrl(flags.text("store")!)}` : "",
+    };
+  }
   const from = await open("from");
   const apart = flags.has("store") && flags.url("store") !== flags.url("from");
   const store = apart ? await open("store") : from;
-  const outbox = shellUrl(flags.text("from")!);
+  const shown = shellUrl(flags.text("from")!);
+  const outbox = from.outbox({ topics: flags.names("topics"), keep: flags.on("keep") });
   return {
-    source: from.outbox({ topics: flags.names("topics"), keep: flags.on("keep") }),
+    source: outbox,
+    outbox,
+    topic: undefined,
     store: store.store,
     databases,
-    advice: apart ? `--store ${shellUrl(flags.text("store")!)} --from ${outbox}` : `--store ${outbox}`,
+    advice: apart ? `--store ${shellUrl(flags.text("store")!)} --from ${shown}` : `--store ${shown}`,
+  };
+}
+
+function openTopic(flags: Flags, closing: AsyncDisposableStack): Pick<Ends, "source" | "outbox" | "topic"> {
+  const label = flags.label("from");
+  const read = readKafkaFrom(label, flags.url("from")!);
+  permitKafka(label, read);
+  const { client, ...options } = read;
+  const topic = closing.use(kafkaSource(client, options));
+  const pending = async () => (await kafkaLag(client, options.group, options.topic)).reduce((sum, { lag }) => sum + lag, 0);
+  return {
+    outbox: undefined,
+    topic,
+    source: {
+      ...topic.shard(0, ""),
+      name: topic.name,
+      status: async () => ({ pending: await pending(), heldBack: 0, parked: 0, oldestMs: null }),
+    },
   };
 }
 

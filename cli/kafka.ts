@@ -5,7 +5,8 @@
  */
 import process from "node:process";
 import type { AtomicSink, CallSink, PositionOwner } from "../mod.ts";
-import { type KafkaClient, type KafkaConnection, kafkaCursorPlace, kafkaPlainSink, kafkaSink } from "../adapters/kafka.ts";
+import { kafkaCursorPlace, kafkaPlainSink, kafkaSink } from "../adapters/kafka.ts";
+import type { KafkaSourceClient, KafkaSourceConnection } from "../adapters/kafka_source.ts";
 import { kafkajs, type KafkajsKafka } from "../adapters/kafkajs.ts";
 import type { Check } from "./database.ts";
 import { codeOf, reason, UsageError } from "./errors.ts";
@@ -23,7 +24,7 @@ export interface KafkaUrl {
   readonly topic: string | undefined;
   /** Whether records and the relay's position are one transaction. */
   readonly transactions: boolean;
-  readonly client: KafkaClient;
+  readonly client: KafkaSourceClient;
   /** kafkajs itself, with what the URL says. */
   kafka(): Promise<Kafkajs>;
   readonly cursorTopic: string | undefined;
@@ -34,10 +35,8 @@ export interface KafkaUrl {
 
 const EXAMPLE = "kafka://host:9092, kafka://host:9092,host2:9092 or kafka://host:9092/topic";
 const PORT = 9092;
-const PARAMETERS = [
-  ...["transactions", "cursor", "copies", "min-insync", "transaction-timeout-ms"],
-  ...["sasl", "user", "password", "sslmode", "sslrootcert"],
-];
+const LOGIN = ["sasl", "user", "password", "sslmode", "sslrootcert"];
+const PARAMETERS = ["transactions", "cursor", "copies", "min-insync", "transaction-timeout-ms", ...LOGIN];
 const MECHANISMS = ["plain", "scram-sha-256", "scram-sha-512"] as const;
 
 function brokersOf(label: string, authority: string): readonly string[] {
@@ -81,10 +80,14 @@ function loginOf(label: string, read: UrlParts, credentials: string | undefined)
   return { mechanism: mechanism ?? "plain", username: user, password };
 }
 
-/** Reads a URL of Kafka. */
-export function readKafka(label: string, url: string): KafkaUrl {
+/** Where a cluster is, and how to log in. */
+interface ClusterUrl extends Pick<KafkaUrl, "name" | "brokers" | "topic" | "client" | "kafka"> {
+  readonly read: UrlParts;
+}
+
+function readCluster(label: string, url: string, known: readonly string[]): ClusterUrl {
   const read = parts(label, url);
-  onlyParameters(label, read, PARAMETERS);
+  onlyParameters(label, read, known);
   const { rest, parameters } = read;
   const coded = "in user and password the characters / ? # @ : , % must be written as %2F %3F %23 %40 %3A %2C %25";
   const [, credentials, authority, path = ""] = /^\/\/(?:([^@/]*)@)?([^@/]+)(?:\/([^/]*))?$/.exec(rest) ?? [];
@@ -104,9 +107,6 @@ export function readKafka(label: string, url: string): KafkaUrl {
   }
   const tls = tlsOf(label, read);
   const sasl = loginOf(label, read, credentials);
-  const transactions = choice(label, read, "transactions", ["on", "off"]) !== "off";
-  const own = ["cursor", "copies", "min-insync", "transaction-timeout-ms"].find((name) => parameters.has(name));
-  if (!transactions && own !== undefined) throw new UsageError(`${label}: ${own} is of transactions, and they are off`);
   const kafka = () => {
     const ssl = tls && {
       ...{ rejectUnauthorized: tls.verify, ca: tls.ca },
@@ -118,9 +118,22 @@ export function readKafka(label: string, url: string): KafkaUrl {
     name: `kafka://${brokers.join(",")}${topic && `/${topic}`}`,
     brokers,
     topic: topic || undefined,
-    transactions,
     client: { open: async () => await connect(await kafka(), brokers) },
     kafka,
+    read,
+  };
+}
+
+/** Reads the URL of Kafka as a target. */
+export function readKafka(label: string, url: string): KafkaUrl {
+  const { read, ...cluster } = readCluster(label, url, PARAMETERS);
+  const { parameters } = read;
+  const transactions = choice(label, read, "transactions", ["on", "off"]) !== "off";
+  const own = ["cursor", "copies", "min-insync", "transaction-timeout-ms"].find((name) => parameters.has(name));
+  if (!transactions && own !== undefined) throw new UsageError(`${label}: ${own} is of transactions, and they are off`);
+  return {
+    ...cluster,
+    transactions,
     cursorTopic: parameters.get("cursor") || undefined,
     copies: numberOf(label, read, "copies", 1, 32_767),
     minInsyncReplicas: numberOf(label, read, "min-insync", 1, 32_767),
@@ -128,8 +141,28 @@ export function readKafka(label: string, url: string): KafkaUrl {
   };
 }
 
+/** A topic that is read, by a consumer group. */
+export interface KafkaFrom extends Pick<KafkaUrl, "name" | "brokers" | "client"> {
+  readonly topic: string;
+  readonly group: string;
+  readonly start: "earliest" | "latest" | undefined;
+  readonly deadLetter: string | undefined;
+}
+
+/** Reads the URL of Kafka as a source. */
+export function readKafkaFrom(label: string, url: string): KafkaFrom {
+  const known = ["group", "start", "dead-letter", ...LOGIN];
+  const { read, name, brokers, topic, client } = readCluster(label, url, known);
+  const group = read.parameters.get("group") ?? "";
+  const example = "kafka://host:9092/orders?group=billing";
+  if (topic === undefined) throw new UsageError(`${label}: it names no topic to read: write ${example}`);
+  if (group === "") throw new UsageError(`${label}: it names no consumer group: write ${example}`);
+  const start = choice(label, read, "start", ["earliest", "latest"]);
+  return { name, brokers, client, topic, group, start, deadLetter: read.parameters.get("dead-letter") || undefined };
+}
+
 /** Says in words why there is no connection. */
-async function connect(kafka: KafkajsKafka, brokers: readonly string[]): Promise<KafkaConnection> {
+async function connect(kafka: KafkajsKafka, brokers: readonly string[]): Promise<KafkaSourceConnection> {
   try {
     return await kafkajs(kafka).open();
   } catch (error) {
@@ -245,7 +278,7 @@ const VARIABLES = [
 ];
 
 /** Makes sure that a relay may reach its brokers: those that it is told of, as the others are not known yet. */
-export function permitKafka(label: string, url: string): void {
-  const net = readKafka(label, url).brokers.map((host) => ({ name: "net", host }) as const);
+export function permitKafka(label: string, { brokers }: Pick<KafkaUrl, "brokers">): void {
+  const net = brokers.map((host) => ({ name: "net", host }) as const);
   need(label, ...net, ...VARIABLES.map((variable) => ({ name: "env", variable }) as const));
 }

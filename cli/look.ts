@@ -8,7 +8,7 @@ import { type Command, JSON_OUT, STORE, using } from "./command.ts";
 import { relaysOf } from "./config.ts";
 import type { Database } from "./database.ts";
 import { STATES } from "./effects.ts";
-import { blaming, openEnds, planOf } from "./ends.ts";
+import { blaming, openEnds, openTarget, planOf } from "./ends.ts";
 import type { Flags } from "./flags.ts";
 import { print, seconds } from "./print.ts";
 import { checksOfTarget } from "./open.ts";
@@ -42,10 +42,14 @@ interface Found {
 
 async function diagnose(flags: Flags): Promise<Found> {
   await using closing = new AsyncDisposableStack();
-  const { sink } = planOf(flags);
-  const { source, store, databases } = await openEnds(flags, closing);
+  const plan = planOf(flags);
+  const { source, outbox, store, databases } = await openEnds(flags, closing);
+  const sink = await openTarget(plan, closing);
   const promise = guarantee(source, sink, flags.on("allow-duplicates") ? undefined : store);
-  const found = await Promise.all([...databases.map((database) => database.checks()), checksOfTarget(flags, source)]);
+  const found = await Promise.all([
+    ...databases.map((database) => database.checks()),
+    outbox ? checksOfTarget(flags, outbox) : [],
+  ]);
   const checks = found.flat();
   const { level, protocol, reasons, conditions, stronger } = promise;
   const lines = (title: string, texts: readonly string[]) =>
@@ -90,8 +94,10 @@ export const STATUS: Command = {
     flags.has("config")
       ? eachRelay(flags, async (flags) => {
         await using closing = new AsyncDisposableStack();
-        const { source, store } = await openEnds(flags, closing);
-        return await standing(source, store, flags.text("name"));
+        const { outbox, source, databases } = await openEnds(flags, closing);
+        if (outbox) return await standing(outbox, databases.at(-1)!.store, flags.text("name"));
+        const { pending } = await source.status();
+        return { value: { lag: pending }, text: `topic    ${pending} behind\n`, ok: true };
       })
       : using(flags, async ({ store, outbox }) => {
         const only = flags.has("name") ? flags.text("name") : undefined;

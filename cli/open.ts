@@ -167,8 +167,8 @@ export function permitTarget(flags: Flags): void {
     const folder = asks() ? [{ name: "read", path: path.replace(/[^/]*$/, "") || "." } as const] : [];
     need(flags.label("to"), { name: "read", path }, { name: "write", path }, ...folder);
   } else if (scheme === "kafka") {
-    permitKafka(flags.label("to"), flags.url("to")!);
-  } else if (scheme !== "stdout") {
+    permitKafka(flags.label("to"), readKafka(flags.label("to"), flags.url("to")!));
+  } else if (scheme === "http" || scheme === "https") {
     for (const name of ["to", "reconcile"]) {
       if (flags.has(name)) need(flags.label(name), hostOf(flags.url(name)!));
     }

@@ -3,12 +3,20 @@
  *
  * @module
  */
-import { type Outbox, relay, type RelayEvent, type RelayOptions, type RelayReport } from "../mod.ts";
-import { relayShards, type ShardedOutbox } from "../adapters/shards.ts";
+import {
+  type AtomicSink,
+  type CallSink,
+  type Outbox,
+  relay,
+  type RelayEvent,
+  type RelayOptions,
+  type RelayReport,
+} from "../mod.ts";
+import { relayShards, type ShardedOutbox, type ShardsOptions } from "../adapters/shards.ts";
 import type { Command } from "./command.ts";
 import { effectiveConfig, relaysOf } from "./config.ts";
 import { confirmed } from "./cursor.ts";
-import { blaming, type Ends, openEnds, type Plan, planOf } from "./ends.ts";
+import { blaming, type Ends, openEnds, openTarget, type Plan, planOf } from "./ends.ts";
 import { codeOf, reason, UsageError } from "./errors.ts";
 import type { Flags } from "./flags.ts";
 import { listen, parseAddress } from "./listen.ts";
@@ -39,15 +47,16 @@ function tellAddress(url: string, json: boolean): void {
   console.error(json ? JSON.stringify({ type: "listening", url }) : `listening on ${url}`);
 }
 
+type Opened = Plan & Ends & { readonly sink: AtomicSink | CallSink };
+
 function runOne(
-  { name, flags, source, sink, store }: Plan & Ends,
+  { name, flags, outbox, topic, sink, store }: Opened,
   signal: AbortSignal,
   observe: (event: RelayEvent) => void,
 ): Promise<RelayReport> {
   const allowDuplicates = flags.on("allow-duplicates");
-  const options: RelayOptions = {
+  const options: Omit<RelayOptions, "from"> = {
     name,
-    from: source,
     to: sink,
     store: allowDuplicates ? undefined : store,
     allowDuplicates,
@@ -62,12 +71,15 @@ function runOne(
     maxRetryMs: flags.number("max-retry-ms"),
     settleMs: flags.number("settle-ms"),
     pollMs: flags.number("poll-ms"),
-    onPark: flags.text("on-park") as "block" | "skip" | undefined,
+    onPark: topic ? "skip" : flags.text("on-park") as "block" | "skip" | undefined,
     acceptSource: flags.on("accept-source")
       ? (reason) => confirmed(flags, `${reason} What was delivered and is in the outbox again will be delivered again`)
       : undefined,
   };
-  return isSharded(source) ? runShards(options, source, observe) : relay(options);
+  if (topic) return relayShared({ ...options, from: topic }, observe);
+  return isSharded(outbox!)
+    ? runShards({ ...options, from: outbox }, outbox, observe)
+    : relay({ ...options, from: outbox! });
 }
 
 const isSharded = (outbox: Outbox): outbox is ShardedOutbox => "shards" in outbox;
@@ -96,13 +108,18 @@ async function runShards(
     const how = "set it to 1 by init --shards 1, or relay into kafka: or into a target that is called";
     throw new Error(`${options.to.name} takes one shard of an outbox, and ${from.name} has ${count}: ${how}`);
   }
+  return await relayShared({ ...options, from }, observe);
+}
+
+/** Runs a source that is shared out, and tells of its parts as of one relay. */
+async function relayShared(options: ShardsOptions, observe: (event: RelayEvent) => void): Promise<RelayReport> {
+  const { name = "default" } = options;
   let started = false;
   const told = { delivered: 0, parked: 0, uncertain: 0 };
   let failed = true;
   try {
     const report = await relayShards({
       ...options,
-      from,
       observe(event) {
         if (event.type === "stopped") {
           for (const what of ["delivered", "parked", "uncertain"] as const) told[what] += event[what];
@@ -119,7 +136,8 @@ async function runShards(
 }
 
 /** A person says that a store that was restored, or copied, knows all that was done. */
-async function accept(flags: Flags, { databases, sink }: Plan & Ends): Promise<void> {
+async function accept(flags: Flags, { databases, sink }: Opened): Promise<void> {
+  if (databases.length === 0) return; // A topic is asked about when it is known what differs.
   // Of the one that the relay's work is known by: the claims, or with a sink that has a position the outbox.
   const store = sink.kind === "atomic" ? databases[0]! : databases.at(-1)!;
   // A sink with a position is asked about when it is known what differs.
@@ -139,10 +157,7 @@ async function runRelays(command: Flags): Promise<number> {
     write(JSON.stringify(effectiveConfig(relays), null, json ? undefined : 2) + "\n");
     return 0;
   }
-  const plans = relays.map((flags) => ({
-    ...planOf(flags),
-    watch: new Watch(flags.text("name")!, flags.number("ready-ms")!),
-  }));
+  const plans = relays.map(planOf).map((plan) => ({ ...plan, watch: new Watch(plan.name, plan.flags.number("ready-ms")!) }));
   const address = all.has("listen") ? parseAddress(all.label("listen"), all.text("listen")!) : undefined;
   for (const { flags } of plans) permitTarget(flags);
 
@@ -156,9 +171,12 @@ async function runRelays(command: Flags): Promise<number> {
     const server = closing.use(listen(address, plans.map(({ watch }) => watch), () => stop.signal.aborted));
     tellAddress(server.url, json);
   }
-  const opened: ((typeof plans)[number] & Ends)[] = [];
+  const opened: ((typeof plans)[number] & Opened)[] = [];
   for (const plan of plans) {
-    const ends = await blaming(plans, plan.name, () => openEnds(plan.flags, databases, !drain));
+    const ends = await blaming(plans, plan.name, async () => ({
+      ...await openEnds(plan.flags, databases, !drain),
+      sink: await openTarget(plan, databases),
+    }));
     if (plan.flags.on("accept-source")) await blaming(plans, plan.name, () => accept(plan.flags, { ...plan, ...ends }));
     plan.watch.open(ends);
     opened.push({ ...plan, ...ends });

@@ -7,8 +7,9 @@ import type { FlagTable } from "./flags.ts";
 
 /** The flags of `relay`, and of what looks at a relay. */
 export const RELAY_FLAGS: FlagTable = {
-  from: { kind: "url", required: true, help: "the outbox: sqlite:app.db, postgres:…, mysql:…" },
-  to: { kind: "url", required: true, help: "the target: kafka://…, http(s)://…, file:events.jsonl or stdout:" },
+  from: { kind: "url", required: true, help: "the outbox: sqlite:app.db, postgres:…, mysql:…; or kafka://…/topic?group=…" },
+  to: { kind: "url", required: true, help: "the target: kafka://…, http(s)://…, postgres:…, file:events.jsonl, stdout:" },
+  handler: { kind: "text", value: "FILE", help: "into a database: whose default export is a function (message, client)" },
   name: { kind: "name", default: "default", file: "none", help: "scope of the relay's effects; of a file: only this relay" },
   topics: { kind: "names", help: "only these topics (all)" },
   drain: { kind: "switch", file: "top", help: "stop when nothing deliverable is left" },

@@ -11,7 +11,7 @@ export interface ShownRelay {
   /** Its name. */
   readonly name: string;
   /** Asked for what is pending. */
-  readonly source: Outbox;
+  readonly source: Pick<Outbox, "status">;
   /** The flags with which `effects` finds what is parked or in doubt. */
   readonly advice: string;
 }

@@ -9,8 +9,8 @@ import { Progress } from "./progress.ts";
 
 /** Where a relay's messages and claims are. */
 export interface Watchable {
-  readonly source: Outbox;
-  readonly store: ClaimStore;
+  readonly source: Pick<Outbox, "status">;
+  readonly store: ClaimStore | undefined;
 }
 
 /** Follows one relay. */
@@ -70,10 +70,12 @@ async function count(relay: string, { source, store }: Watchable): Promise<Gauge
   // Not store.count(): relays often share a store, and each is to be told of its own.
   let inDoubt = 0;
   let after: EffectKey | undefined;
-  do {
-    const found = await store.list({ state: "uncertain", scope: relay, limit: 1000, after });
-    inDoubt += found.length;
-    after = found[999];
-  } while (after);
+  if (store) {
+    do {
+      const found = await store.list({ state: "uncertain", scope: relay, limit: 1000, after });
+      inDoubt += found.length;
+      after = found[999];
+    } while (after);
+  }
   return { pending, oldestSeconds: (oldestMs ?? 0) / 1000, heldBack, parked, inDoubt };
 }

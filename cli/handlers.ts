@@ -1,0 +1,202 @@
+/**
+ * Databases as targets: by a function in a file of the user's, or by a table into which the fields of JSON go.
+ *
+ * @module
+ */
+import { type AtomicSink, type Handler, handler, type Json, type Message, rejected } from "../mod.ts";
+import type { Database } from "./database.ts";
+import { reason, UsageError } from "./errors.ts";
+import type { Flags } from "./flags.ts";
+import { openDatabase } from "./open.ts";
+import { need } from "./permissions.ts";
+import { choice, parts, type UrlParts } from "./url.ts";
+
+/** The parameters of a database's URL that say what becomes of messages there. */
+const OWN = ["table", "mode", "unknown"];
+const SCHEMES = ["sqlite", "postgres", "postgresql", "mysql", "mariadb"];
+
+/** Whether a target is a database. */
+export const isDatabase = (flags: Flags): boolean => SCHEMES.includes(parts(flags.label("to"), flags.url("to")!).scheme);
+
+/** Looks whether it is said what becomes of messages, before anything is opened. */
+export function checkDatabaseSink(flags: Flags): void {
+  const label = flags.label("to");
+  const read = parts(label, flags.url("to")!);
+  const table = read.parameters.get("table");
+  if (flags.has("handler") === (table !== null)) {
+    const how = "give --handler FILE, or ?table=NAME in the URL";
+    throw new UsageError(
+      `${label}: what is to become of messages in a database? ${how}${table === null ? "" : ", not both"}`,
+    );
+  }
+  if (table !== null && !/^[A-Za-z_][\w$]{0,62}$/.test(table)) {
+    throw new UsageError(`${label}: table must be a name of 1 to 63 letters, digits, _ and $`);
+  }
+  for (const name of ["mode", "unknown"]) {
+    if (table === null && read.parameters.has(name)) throw new UsageError(`${label}: ${name}= is of ?table=NAME`);
+  }
+  modeOf(label, read);
+}
+
+const modeOf = (label: string, read: UrlParts) => ({
+  upsert: choice(label, read, "mode", ["insert", "upsert"]) === "upsert",
+  ignoresUnknown: choice(label, read, "unknown", ["error", "ignore"]) === "ignore",
+});
+
+/** Opens a database as a target. */
+export async function openDatabaseSink(flags: Flags): Promise<{ readonly sink: AtomicSink; readonly database: Database }> {
+  const label = flags.label("to");
+  const url = flags.url("to")!;
+  const read = parts(label, url);
+  const rest = new URLSearchParams(read.parameters);
+  for (const name of OWN) rest.delete(name);
+  const plain = url.split("?")[0]! + (rest.size > 0 ? `?${rest}` : "");
+  const given = flags.has("handler") ? await load(flags.label("handler"), flags.text("handler")!) : undefined;
+  const database = await openDatabase(label, plain);
+  try {
+    await database.store.list({ limit: 1 });
+    const table = read.parameters.get("table");
+    const found = given ?? intoTable(read.scheme, { table: table!, ...modeOf(label, read) });
+    const key = found.key && { key: found.key };
+    const sink = handler(database.store, found.handle, key || {});
+    return {
+      sink: { ...sink, name: given ? `${flags.text("handler")} on ${database.name}` : `${database.name}, table ${table}` },
+      database,
+    };
+  } catch (error) {
+    await database.close();
+    throw error;
+  }
+}
+
+// -------------------------------------------------------------------------------------------------------------- functions
+
+type AnyHandler = Handler<unknown>;
+
+/** Loads a file's default export: a function of a message and a client, or what `defineHandler` makes. */
+async function load(label: string, file: string): Promise<AnyHandler> {
+  const isUrl = /^[a-z][a-z0-9+.-]+:/i.test(file);
+  if (!isUrl) need(label, { name: "read", path: file });
+  const url = isUrl ? file : new URL(file, `file://${Deno.cwd()}/`).href;
+  let found: unknown;
+  try {
+    found = (await import(url)).default;
+  } catch (error) {
+    throw new Error(`${label}: ${file} could not be loaded: ${reason(error)}`, { cause: error });
+  }
+  if (typeof found === "function") {
+    const run = found as (message: Message, client: unknown) => unknown;
+    return { handle: async (message, _, client) => void await run(message, client) };
+  }
+  const handler = found as Partial<AnyHandler> | undefined | null;
+  if (typeof handler?.handle === "function") return handler as AnyHandler;
+  const what = "a function (message, client) => …, or what defineHandler() makes";
+  throw new Error(`${label}: the default export of ${file} must be ${what}`);
+}
+
+// ------------------------------------------------------------------------------------------------------------------ tables
+
+interface IntoTable {
+  readonly table: string;
+  readonly upsert: boolean;
+  readonly ignoresUnknown: boolean;
+}
+
+interface Column {
+  readonly name: string;
+  readonly isKey: boolean;
+}
+
+type Run = (sql: string, values: readonly unknown[]) => Promise<readonly Readonly<Record<string, unknown>>[]>;
+
+/** The statements of a client that is in the middle of a transaction, with `?` as placeholders. */
+function runOn(scheme: string, client: unknown): Run {
+  if (scheme.startsWith("postgres")) {
+    const { query } = client as { query(sql: string, values: readonly unknown[]): Promise<{ rows: never[] }> };
+    return async (sql, values) => {
+      let n = 0;
+      return (await query.call(client, sql.replace(/\?/g, () => `$${++n}`), values)).rows;
+    };
+  }
+  if (scheme === "sqlite") {
+    const { prepare } = client as { prepare(sql: string): { all(...values: readonly unknown[]): never[] } };
+    return (sql, values) => Promise.resolve(prepare.call(client, sql).all(...values));
+  }
+  const { query } = client as { query(options: { sql: string; values: readonly unknown[] }): Promise<readonly [never[]]> };
+  return async (sql, values) => (await query.call(client, { sql, values }))[0];
+}
+
+const COLUMNS: Readonly<Record<string, string>> = {
+  postgres: `select a.attname as name, coalesce(a.attnum = any(i.indkey), false) as is_key from pg_attribute a
+    left join pg_index i on i.indrelid = a.attrelid and i.indisprimary
+    where a.attrelid = to_regclass(?) and a.attnum > 0 and not a.attisdropped`,
+  mysql: `select column_name as name, column_key = 'PRI' as is_key from information_schema.columns
+    where table_schema = database() and table_name = ?`,
+  sqlite: `select name, pk > 0 as is_key from pragma_table_info(?)`,
+};
+
+/** Puts the fields of a JSON object into the columns of a table. */
+function intoTable(scheme: string, { table, upsert, ignoresUnknown }: IntoTable): AnyHandler {
+  const kind = scheme.startsWith("postgres") ? "postgres" : scheme === "mariadb" ? "mysql" : scheme;
+  const quote = (name: string) => kind === "mysql" ? `\`${name.replaceAll("`", "``")}\`` : `"${name.replaceAll('"', '""')}"`;
+  let columns: readonly Column[] | undefined;
+  async function learn(run: Run): Promise<readonly Column[]> {
+    const rows = await run(COLUMNS[kind]!, [kind === "postgres" ? quote(table) : table]);
+    if (rows.length === 0) throw new Error(`there is no table ${table}: create it`);
+    const found = rows.map((row) => ({
+      name: String(row["name"]),
+      isKey: row["is_key"] === true || Number(row["is_key"]) === 1,
+    }));
+    if (upsert && !found.some(({ isKey }) => isKey)) {
+      throw new Error(`table ${table} has no primary key, which mode=upsert needs`);
+    }
+    return found;
+  }
+  function fieldsOf(message: Message): Readonly<Record<string, Json>> {
+    let value: Json;
+    try {
+      value = message.json();
+    } catch {
+      throw rejected("its value is no JSON");
+    }
+    if (typeof value !== "object" || value === null || Array.isArray(value)) throw rejected("its value is no JSON object");
+    return value as Readonly<Record<string, Json>>;
+  }
+  const bound = (value: Json): unknown =>
+    typeof value === "object" && value !== null
+      ? JSON.stringify(value)
+      : typeof value === "boolean" && kind === "sqlite"
+      ? Number(value)
+      : value;
+  return {
+    async handle(message, _, client) {
+      const run = runOn(scheme, client);
+      columns ??= await learn(run);
+      const known = new Map(columns.map((column) => [column.name, column]));
+      const fields = Object.entries(fieldsOf(message));
+      const unknown = fields.find(([name]) => !known.has(name));
+      if (unknown && !ignoresUnknown) throw rejected(`its field "${unknown[0]}" is no column of ${table}`);
+      const used = fields.filter(([name]) => known.has(name));
+      if (used.length === 0) throw rejected(`none of its fields is a column of ${table}`);
+      const names = used.map(([name]) => quote(name));
+      const insert = `insert into ${quote(table)} (${names.join(", ")}) values (${names.map(() => "?").join(", ")})`;
+      await run(
+        insert + (upsert ? replacing(used.map(([name]) => known.get(name)!)) : ""),
+        used.map(([, value]) => bound(value)),
+      );
+    },
+  };
+
+  function replacing(used: readonly Column[]): string {
+    const others = used.filter(({ isKey }) => !isKey).map(({ name }) => quote(name));
+    if (kind === "mysql") {
+      // A row that has no other field stays as it is.
+      const first = quote(used[0]!.name);
+      const set = others.length > 0 ? others.map((name) => `${name} = values(${name})`).join(", ") : `${first} = ${first}`;
+      return ` on duplicate key update ${set}`;
+    }
+    const keys = columns!.filter(({ isKey }) => isKey).map(({ name }) => quote(name)).join(", ");
+    const set = others.map((name) => `${name} = excluded.${name}`).join(", ");
+    return ` on conflict (${keys}) do ${set === "" ? "nothing" : `update set ${set}`}`;
+  }
+}

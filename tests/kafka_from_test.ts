@@ -1,0 +1,223 @@
+/** The command line from a real Kafka: into databases, by a function or a table; over HTTP; into Kafka. */
+import { assert, assertEquals, assertMatch } from "@std/assert";
+import { assertFailure, assertUsage, type Box, emptyBox, Target, until } from "./cli_run.ts";
+import { freshName, kafkaOf, makeTopic, readTopic } from "./kafka/topics.ts";
+import { testDatabase } from "./servers/servers.ts";
+import { service } from "./services/mod.ts";
+
+const BROKERS = await service("kafka");
+const QUICK = ["--lease-ms", "6000", "--min-retry-ms", "1", "--max-retry-ms", "20", "--poll-ms", "5"];
+
+async function produce(topic: string, ...values: readonly (Record<string, unknown> | string)[]): Promise<void> {
+  const producer = kafkaOf(BROKERS).producer({ idempotent: true, maxInFlightRequests: 1 });
+  await producer.connect();
+  const text = (value: Record<string, unknown> | string) => typeof value === "string" ? value : JSON.stringify(value);
+  const key = (value: Record<string, unknown> | string) =>
+    typeof value === "string" ? "none" : `k${Number(value["id"]) % 5}`;
+  await producer.send({ topic, messages: values.map((value) => ({ key: key(value), value: text(value) })) });
+  await producer.disconnect();
+}
+const from = (topic: string, group: string, more = "") => `kafka://${BROKERS}/${topic}?group=${group}${more}`;
+const payments = (start: number, end: number) =>
+  Array.from({ length: end - start }, (_, i) => ({ id: start + i, total: (start + i) * 10 }));
+const SUM = "select count(*) as n, sum(total) as total from payments";
+
+Deno.test("by a function in a file, and by defineHandler with claims: each record once, in the client's own SQL", async () => {
+  await using db = await testDatabase("postgres");
+  await using at = await emptyBox();
+  await at.ok(["init", "--store", db.url]);
+  await db.sql("create table payments (id bigint not null, total bigint not null)");
+  await db.sql("create table orders (id text primary key)");
+  await Deno.writeTextFile(
+    `${at.folder}/charge.ts`,
+    `export default async (message: { json(): any }, client: any) => {
+    const { id, total } = message.json();
+    await client.query("insert into payments (id, total) values ($1, $2)", [id, total]);
+  };`,
+  );
+  const mod = new URL("../mod.ts", import.meta.url).href;
+  await Deno.writeTextFile(
+    `${at.folder}/once.ts`,
+    `import { defineHandler } from "${mod}";
+  export default defineHandler<any>(async (message, effects, client) => {
+    const { total } = message.json<any>();
+    const claim = await effects.claim({ scope: "orders", key: "total-" + total % 100 });
+    if (claim.state === "done") return;
+    await client.query("insert into orders (id) values ($1)", [total % 100]);
+  });`,
+  );
+  const topic = await makeTopic(BROKERS, { partitions: 3 });
+  await produce(topic, ...payments(0, 100));
+  const run = (group: string, file: string) =>
+    at.ok(["relay", "--from", from(topic, group), "--to", db.url, "--handler", file, "--drain", "--json", ...QUICK]);
+  const [billing, orders] = [freshName("billing"), freshName("orders")];
+  const stdout = await run(billing, "charge.ts");
+  const [started] = stdout.split("\n").map((line) => line && JSON.parse(line));
+  assertEquals([started.type, started.relay, started.guarantee.level], ["started", billing, "exactly-once"]);
+  assertEquals(await db.sql(SUM), [{ n: "100", total: "49500" }]);
+  await run(billing, `${at.folder}/charge.ts`);
+  await produce(topic, ...payments(100, 120));
+  await run(billing, "charge.ts");
+  assertEquals(await db.sql(SUM), [{ n: "120", total: String(119 * 120 * 5) }]);
+  await run(orders, "once.ts");
+  assertEquals((await db.sql("select count(*) as n from orders"))[0], { n: "10" });
+});
+
+for (const kind of ["postgres", "mysql", "mariadb", "sqlite"] as const) {
+  Deno.test(`${kind}: fields of JSON go into columns: inserted, or put in the place of what has the primary key`, async () => {
+    await using stack = new AsyncDisposableStack();
+    const at: Box = stack.use(await emptyBox());
+    const db = kind === "sqlite" ? undefined : stack.use(await testDatabase(kind));
+    const url = db === undefined ? "sqlite:app.db?driver=node" : db.url.replace(/^mysql:/, `${kind}:`);
+    const sql = async (text: string) => db ? await db.sql(text) : at.sql(text);
+    await at.ok(["init", "--store", url.split("?")[0]!]);
+    await sql("create table payments (id bigint primary key, total bigint, note varchar(99))");
+    const [topic, dead] = [await makeTopic(BROKERS, { partitions: 2 }), await makeTopic(BROKERS)];
+    const group = freshName("g");
+    const parameter = url.includes("?") ? "&" : "?";
+    const run = (more: string, where = from(topic, group, `&dead-letter=${dead}`)) =>
+      at.run([
+        "relay",
+        "--from",
+        where,
+        "--to",
+        `${url}${parameter}table=payments${more}`,
+        "--drain",
+        "--attempts",
+        "1",
+        ...QUICK,
+      ]);
+    await produce(topic, ...payments(0, 30), { id: 30, total: 300, note: { deep: [1, "ü"] } });
+    assertEquals((await run("")).code, 0);
+    const count = async () => (await sql(SUM)).map(({ n, total }) => [Number(n), Number(total)])[0];
+    assertEquals(await count(), [31, 4650]);
+    assertEquals((await sql("select note from payments where id = 30"))[0]!["note"], '{"deep":[1,"ü"]}');
+
+    await produce(topic, { id: 1, total: 5 }, { id: 99, total: 1, colour: "red" }, "no JSON", "[1]", { id: 100, total: 1 });
+    const refused = await run("");
+    assertEquals(refused.code, 1, "some went to the dead-letter topic");
+    assertEquals(await count(), [32, 4651]);
+    const reasons = (await readTopic(BROKERS, dead)).map(({ headers }) => headers["effectonce-error"]!);
+    assertEquals(reasons.length, 4);
+    for (const [i, part] of ["1", 'its field "colour" is no column of payments', "no JSON", "no JSON object"].entries()) {
+      assert(i === 0 || reasons.some((reason) => reason.includes(part)), `${part}: ${reasons}`);
+    }
+    await produce(topic, { id: 1, total: 5 }, { id: 1, total: 6, colour: "red" }, { id: 2 });
+    assertEquals((await run("&mode=upsert&unknown=ignore")).code, 0);
+    assertEquals(await count(), [32, 4651 - 10 + 6]);
+  });
+}
+
+Deno.test("over HTTP each record is called once, by claims in a store", async () => {
+  await using target = new Target();
+  await using at = await emptyBox();
+  await at.ok(["init", "--store", "sqlite:claims.db"]);
+  const topic = await makeTopic(BROKERS, { partitions: 2 });
+  await produce(topic, ...payments(0, 12));
+  const group = freshName("mail");
+  const run = () =>
+    at.ok(["relay", "--from", from(topic, group), "--to", target.url, "--store", "sqlite:claims.db", "--drain", ...QUICK]);
+  await run();
+  await run();
+  assertEquals([target.keys().length, new Set(target.keys()).size], [12, 12]);
+});
+
+Deno.test("into Kafka each record goes once, with its own bytes, whatever is killed on the way", async () => {
+  await using at = await emptyBox();
+  const [topic, out] = [await makeTopic(BROKERS, { partitions: 3 }), await makeTopic(BROKERS, { partitions: 3 })];
+  const group = freshName("through");
+  const line = (
+    ...more: string[]
+  ) => ["relay", "--from", from(topic, group), "--to", `kafka://${BROKERS}/${out}`, ...QUICK, ...more];
+  await produce(topic, ...payments(0, 200));
+  const first = at.start(line("--json", "--batch", "5"));
+  for (let n = 0; n < 20; n++) await first.event("delivered");
+  first.kill("SIGKILL");
+  assertEquals((await first.ended()).signal, "SIGKILL");
+  await produce(topic, ...payments(200, 300));
+  await at.ok(line("--drain"));
+  const seen = await readTopic(BROKERS, out);
+  assertEquals(
+    seen.map(({ value }) => JSON.parse(value!).id).toSorted((a, b) => a - b),
+    payments(0, 300).map(({ id }) => id),
+  );
+  for (const [key, mine] of Map.groupBy(seen, ({ key }) => key)) {
+    const numbers = mine.map(({ value }) => JSON.parse(value!).id as number);
+    assertEquals(numbers, numbers.toSorted((a, b) => a - b), String(key));
+  }
+});
+
+Deno.test("relays into a database that are killed again and again: each record once (acceptance 20)", async () => {
+  await using db = await testDatabase("postgres");
+  await using at = await emptyBox();
+  await at.ok(["init", "--store", db.url]);
+  await db.sql("create table payments (id bigint not null, total bigint not null)");
+  const topic = await makeTopic(BROKERS, { partitions: 4 });
+  const line = [
+    "relay",
+    "--from",
+    from(topic, freshName("billing")),
+    "--to",
+    `${db.url}?table=payments`,
+    "--batch",
+    "20",
+    ...QUICK,
+  ];
+  let sent = 0;
+  let over = false;
+  const sending = (async () => {
+    while (!over || sent < 2_000) {
+      await produce(topic, ...payments(sent, sent += 50));
+      await new Promise((resolve) => setTimeout(resolve, 100));
+    }
+  })();
+  sending.catch(() => {});
+  const count = async () => Number((await db.sql(SUM))[0]!["n"]);
+  const running = [at.start(line), at.start(line)];
+  for (let n = 0; n < 6; n++) {
+    const before = await count();
+    await until(async () => await count() > before, 60_000);
+    const victim = running.shift()!;
+    victim.kill("SIGKILL");
+    assertEquals((await victim.ended()).signal, "SIGKILL");
+    running.push(at.start(line));
+  }
+  over = true;
+  await sending;
+  await until(async () => await count() >= sent, 60_000);
+  for (const one of running) assertEquals((await one.stop()).code, 0);
+  const rows = await db.sql("select id from payments order by id");
+  assertEquals(rows.map(({ id }) => Number(id)), payments(0, sent).map(({ id }) => id));
+});
+
+Deno.test("what does not go together is a sentence that names the flags", async () => {
+  await using at = await emptyBox();
+  const relay = (kafka: string, to: string, ...more: string[]) => at.run(["relay", "--from", kafka, "--to", to, ...more]);
+  const good = from("t", "g");
+  assertUsage(
+    await relay(`kafka://${BROKERS}/t`, "stdout:"),
+    "--from: it names no consumer group: write kafka://host:9092/orders?group=billing",
+  );
+  assertUsage(await relay(`kafka://${BROKERS}?group=g`, "stdout:"), "it names no topic to read");
+  assertUsage(await relay(`${good}&cursor=x`, "stdout:"), `"cursor" is not a parameter of kafka: URLs`);
+  assertUsage(await relay(good, "http://127.0.0.1:1/"), "--store is missing: where are calls claimed?");
+  assertUsage(await relay(good, "sqlite:app.db"), "give --handler FILE, or ?table=NAME in the URL");
+  assertUsage(await relay(good, "sqlite:app.db?table=x", "--handler", "x.ts"), "not both");
+  assertUsage(await relay(good, "stdout:", "--handler", "x.ts"), "--handler is for targets that are databases");
+  assertUsage(await relay(good, "file:x.jsonl"), "a file takes one relay");
+  assertUsage(await relay(good, "stdout:", "--topics", "a"), "--topics is for outboxes");
+  assertUsage(await relay(good, "stdout:", "--on-park", "block"), "only skip");
+  await at.ok(["init", "--store", "sqlite:app.db"]);
+  await Deno.writeTextFile(`${at.folder}/none.ts`, "export const x = 1;");
+  assertFailure(
+    await relay(good, "sqlite:app.db", "--handler", "none.ts"),
+    "the default export of none.ts must be a function",
+  );
+  const missing = await relay(good, "sqlite:app.db", "--handler", "missing.ts");
+  assertEquals(missing.code, 1);
+  assertMatch(missing.stderr, /--handler: missing\.ts could not be loaded/);
+  assertUsage(
+    await at.run(["cursor", "show", "--from", good, "--to", `kafka://${BROKERS}`]),
+    "only relays from an outbox have a cursor",
+  );
+});
