@@ -322,7 +322,7 @@ const USAGE: readonly (readonly [args: readonly string[], ...says: (string | Reg
     "http",
   ]),
   [drainTo("ftp://host/"), "--to", "ftp:", "stdout:"],
-  [drainTo("sqlite:other.db"), "--to", "sqlite:", "file:"],
+  [drainTo("sqlite:other.db"), "--to", "--handler FILE", "?table=NAME"],
   [drainTo("file:"), "--to", "file:events.jsonl"],
   [drainTo("file://events.jsonl"), "--to", "file:events.jsonl"],
   [drainTo("file:events.jsonl?mode=w"), "--to", `"mode"`],
