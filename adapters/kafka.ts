@@ -25,7 +25,9 @@ import {
   type AtomicSink,
   type Batch,
   type CallSink,
+  createMessage,
   EffectError,
+  encodeMessage,
   type Json,
   type Message,
   type Position,
@@ -147,6 +149,50 @@ export interface KafkaTransactions {
 
 // ---------------------------------------------------------------------------------------------------------------- options
 
+/** A record that a message becomes. */
+export interface Transformed {
+  /**
+   * Its topic, where the sink has none for all.
+   *
+   * @default {that of the message}
+   */
+  readonly topic?: string;
+  /**
+   * Its key.
+   *
+   * @default {that of the message}
+   */
+  readonly key?: string | Uint8Array | null;
+  /** Its value: bytes as they are, a text as its UTF-8, null as a tombstone, any other JSON as its text. */
+  readonly value: Json | Uint8Array;
+  /**
+   * Its headers.
+   *
+   * @default {those of the message}
+   */
+  readonly headers?: Readonly<Record<string, string>>;
+}
+
+/** What becomes of a message; null: nothing. */
+export type Transform = (message: Message) => TransformedAll | Promise<TransformedAll>;
+type TransformedAll = Transformed | readonly Transformed[] | null;
+
+/**
+ * What a file exports as default for `relay --to kafka:… --handler FILE`.
+ *
+ * ```ts
+ * import { defineTransform } from "@effectonce/effectonce/kafka";
+ *
+ * export default defineTransform((message) => {
+ *   const { total } = message.json<{ total: number }>();
+ *   return total > 0 ? { topic: "payments", value: { amount: total } } : null;
+ * });
+ * ```
+ */
+export function defineTransform(transform: Transform): { readonly transform: Transform } {
+  return { transform };
+}
+
 /** How {@linkcode kafkaSink} works. */
 export interface KafkaSinkOptions {
   /**
@@ -161,6 +207,13 @@ export interface KafkaSinkOptions {
    * @default {undefined} The topic that each message names.
    */
   readonly topic?: string;
+  /**
+   * What becomes of a message: one record, several, or none. It may run again for the same message: nothing but its answer counts.
+   * One for which it throws is tried again, and parked in the end; `rejected` parks it at once.
+   *
+   * @default {undefined} A record with its key, value and headers.
+   */
+  readonly transform?: Transform;
   /**
    * Whether a topic that does not exist is created, with the cluster's own number of partitions.
    *
@@ -312,22 +365,20 @@ function createRecords(
       return found;
     },
     /**
-     * The record of a message.
+     * The record of a message, which is, or was made of, `origin`.
      *
-     * @throws As `refusedMessage` says, if Kafka does not take it.
+     * @throws As `refusedMessage` says, of the origin, if Kafka does not take it.
      */
-    record(message: Message, topics: Topics, more: KafkaRecord["headers"]): KafkaRecord {
+    record(message: Message, origin: Message, topics: Topics, more: KafkaRecord["headers"]): KafkaRecord {
       const { id, topic: type, value, headers, time } = message;
       const topic = fixed ?? type;
       const found = topics.get(topic)!;
       if (found instanceof Error) throw found;
       if (typeof found === "string") {
-        throw refusedMessage(message, new Error(`topic "${topic}" does not exist in Kafka: ${found}`));
+        throw refusedMessage(origin, new Error(`topic "${topic}" does not exist in Kafka: ${found}`));
       }
       // One that was a record goes on with its own bytes.
-      const { kafka } = message as Message & {
-        readonly kafka?: Pick<KafkaRecord, "key"> & { readonly headers: RawHeaders };
-      };
+      const { kafka } = message as FromKafka;
       const key = kafka ? kafka.key : message.key === null ? null : encoder.encode(message.key);
       const own = kafka ? kafka.headers.map(([name, value]) => [name, value ?? ""] as const) : Object.entries(headers);
       const record: KafkaRecord = {
@@ -349,7 +400,7 @@ function createRecords(
       if (size + BATCH_OVERHEAD > found.maxBytes) {
         const limit = `topic "${topic}" takes ${found.maxBytes} (${MAX_BYTES_NAME})`;
         throw refusedMessage(
-          message,
+          origin,
           rejected(`it is too large for Kafka: a record of about ${size} bytes, where ${limit}`),
         );
       }
@@ -393,10 +444,40 @@ function createRecords(
   };
 }
 
-type RawHeaders = readonly (readonly [name: string, value: Uint8Array | null])[];
+/** A message that may have been a record, as `./kafka-source` makes them. */
+type FromKafka = Message & {
+  readonly kafka?: Pick<KafkaRecord, "key"> & {
+    readonly headers: readonly (readonly [name: string, value: Uint8Array | null])[];
+  };
+};
 
 /** Whose names these are does not depend on the message. */
 const RESERVED = /^(ce_(specversion|id|source|type|time)|effectonce-(shard|position))$/i;
+
+/** The messages that one becomes. */
+async function transformed(message: Message, transform: Transform): Promise<readonly Message[]> {
+  try {
+    const answer = await transform(message);
+    const all = answer === null ? [] : Array.isArray(answer) ? answer as readonly Transformed[] : [answer as Transformed];
+    const { kafka } = message as FromKafka;
+    return all.map(({ topic = message.topic, key, value, headers }, i) => {
+      const fields = encodeMessage({
+        id: i === 0 ? message.id : `${message.id}-${i}`,
+        ...{ topic, value, headers: headers ?? message.headers },
+        key: typeof key === "string" ? key : key === undefined ? message.key || null : null,
+      });
+      const made = createMessage({ ...fields, time: message.time });
+      const bytes = key instanceof Uint8Array ? key : key === undefined ? kafka?.key : undefined;
+      if (!bytes) return made;
+      const own = headers || !kafka
+        ? Object.entries(fields.headers).map(([name, text]) => [name, encoder.encode(text)] as const)
+        : kafka.headers;
+      return Object.assign(made, { kafka: { key: bytes, headers: own } });
+    });
+  } catch (error) {
+    throw refusedMessage(message, error);
+  }
+}
 
 // ----------------------------------------------------------------------------------------------------------------- cursor
 
@@ -668,12 +749,20 @@ async function openSession(
       const { n, uid, prev, rows, messages } = batch;
       await next();
       const first = records;
-      const topics = await topicsOf(messages);
-      const made = messages.map((message, i) =>
-        record(message, topics, [["effectonce-shard", shardText], ["effectonce-position", String(first + i)]])
+      const { transform } = options;
+      const outs: Message[] = [];
+      /** Of which message each is: that is refused, whatever has become of it. */
+      const origins: Message[] = [];
+      for (const message of messages) {
+        const these = transform ? await transformed(message, transform) : [message];
+        for (const out of these) origins[outs.push(out) - 1] = message;
+      }
+      const topics = await topicsOf(outs);
+      const made = outs.map((out, i) =>
+        record(out, origins[i]!, topics, [["effectonce-shard", shardText], ["effectonce-position", String(first + i)]])
       );
       const toSend = portions(made);
-      const after = first + messages.length;
+      const after = first + made.length;
       toSend.at(-1)!.push(toCursor(encoder.encode(String(n % RING)), { n, uid, prev, rows, records: after, relay, source }));
       // Whatever goes wrong from here on: only the cursor tells whether the batch is there.
       state = "broken";
@@ -911,7 +1000,7 @@ export function kafkaPlainSink(client: KafkaClient, options: KafkaPlainSinkOptio
       const sent: typeof queue = [];
       for (const item of group) {
         try {
-          made.push(record(item.message, topics, []));
+          made.push(record(item.message, item.message, topics, []));
           sent.push(item);
         } catch (error) {
           item.reject((error as Error).cause ?? error);

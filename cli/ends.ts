@@ -8,8 +8,8 @@ import { kafkaLag, type KafkaSource, kafkaSource } from "../adapters/kafka_sourc
 import type { Database } from "./database.ts";
 import { reason, UsageError } from "./errors.ts";
 import type { Flags } from "./flags.ts";
-import { checkDatabaseSink, isDatabase, openDatabaseSink } from "./handlers.ts";
-import { permitKafka, readKafkaFrom } from "./kafka.ts";
+import { checkDatabaseSink, isDatabase, loadTransform, openDatabaseSink } from "./handlers.ts";
+import { openKafkaSink, permitKafka, readKafka, readKafkaFrom } from "./kafka.ts";
 import { shellUrl } from "./mask.ts";
 import { openDatabase, openSink } from "./open.ts";
 import { parts } from "./url.ts";
@@ -37,8 +37,9 @@ export function planOf(flags: Flags): Plan {
   flags.given("to");
   const database = isDatabase(flags);
   if (database) checkDatabaseSink(flags);
-  else if (flags.layer.get("handler")?.source === "flag") {
-    throw new UsageError(`${flags.label("handler")} is for targets that are databases`);
+  const scheme = parts(flags.label("to"), flags.url("to")!).scheme;
+  if (!database && scheme !== "kafka" && flags.layer.get("handler")?.source === "flag") {
+    throw new UsageError(`${flags.label("handler")} is for targets that are databases, or kafka:`);
   }
   const sink = database ? undefined : openSink(flags);
   const repeats = sink?.kind === "call" && sink.repeat === "same-key";
@@ -56,7 +57,8 @@ export function planOf(flags: Flags): Plan {
   if (flags.has("on-park") && flags.layer.get("on-park") && flags.text("on-park") === "block") {
     throw new UsageError(`${flags.label("on-park")}: a topic cannot hold back what comes behind a parked record: only skip`);
   }
-  if (sink?.kind === "atomic" && parts(flags.label("to"), flags.url("to")!).scheme === "file") {
+  if (scheme === "kafka") checkThrough(flags);
+  if (scheme === "file") {
     throw new UsageError(`${flags.label("to")}: a file takes one relay, and each partition of a topic has its own`);
   }
   if (sink?.kind === "call" && sink.repeat !== "always" && !flags.has("store") && !flags.on("allow-duplicates")) {
@@ -64,6 +66,17 @@ export function planOf(flags: Flags): Plan {
     throw new UsageError(`${flags.label("store")} is missing: ${why}`);
   }
   return { name: flags.layer.has("name") ? flags.text("name")! : group, flags, target: sink };
+}
+
+/** A relay from Kafka into Kafka must not read what it has written. */
+function checkThrough(flags: Flags): void {
+  const label = flags.label("to");
+  const [from, to] = [readKafkaFrom(flags.label("from"), flags.url("from")!), readKafka(label, flags.url("to")!)];
+  if (to.topic === undefined && !flags.has("handler")) {
+    throw new UsageError(`${label}: it names no topic to write to: write kafka://host:9092/topic, or give --handler FILE`);
+  }
+  if (to.topic !== from.topic || !to.brokers.some((broker) => from.brokers.includes(broker))) return;
+  throw new UsageError(`${label}: it is the topic that is read: the relay would go round and round`);
 }
 
 /** Where a relay's messages and claims are, open. */
@@ -84,6 +97,10 @@ export interface Ends {
 
 /** Opens the target of a relay, if that is yet to be done, and has it closed at the end. */
 export async function openTarget({ flags, target }: Plan, closing: AsyncDisposableStack): Promise<AtomicSink | CallSink> {
+  if (target && parts(flags.label("to"), flags.url("to")!).scheme === "kafka" && flags.has("handler")) {
+    const transform = await loadTransform(flags.label("handler"), flags.text("handler")!);
+    return openKafkaSink(flags.label("to"), flags.url("to")!, flags.on("create-topics"), transform);
+  }
   if (target) return target;
   const { sink, database } = await openDatabaseSink(flags);
   closing.defer(() => database.close());

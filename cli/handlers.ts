@@ -4,6 +4,7 @@
  * @module
  */
 import { type AtomicSink, type Handler, handler, type Json, type Message, rejected } from "../mod.ts";
+import type { Transform } from "../adapters/kafka.ts";
 import type { Database } from "./database.ts";
 import { reason, UsageError } from "./errors.ts";
 import type { Flags } from "./flags.ts";
@@ -73,17 +74,21 @@ export async function openDatabaseSink(flags: Flags): Promise<{ readonly sink: A
 
 type AnyHandler = Handler<unknown>;
 
-/** Loads a file's default export: a function of a message and a client, or what `defineHandler` makes. */
-async function load(label: string, file: string): Promise<AnyHandler> {
+/** Loads a file's default export. */
+async function exportOf(label: string, file: string): Promise<unknown> {
   const isUrl = /^[a-z][a-z0-9+.-]+:/i.test(file);
   if (!isUrl) need(label, { name: "read", path: file });
   const url = isUrl ? file : new URL(file, `file://${Deno.cwd()}/`).href;
-  let found: unknown;
   try {
-    found = (await import(url)).default;
+    return (await import(url)).default;
   } catch (error) {
     throw new Error(`${label}: ${file} could not be loaded: ${reason(error)}`, { cause: error });
   }
+}
+
+/** A function of a message and a client, or what `defineHandler` makes. */
+async function load(label: string, file: string): Promise<AnyHandler> {
+  const found = await exportOf(label, file);
   if (typeof found === "function") {
     const run = found as (message: Message, client: unknown) => unknown;
     return { handle: async (message, _, client) => void await run(message, client) };
@@ -91,6 +96,17 @@ async function load(label: string, file: string): Promise<AnyHandler> {
   const handler = found as Partial<AnyHandler> | undefined | null;
   if (typeof handler?.handle === "function") return handler as AnyHandler;
   const what = "a function (message, client) => …, or what defineHandler() makes";
+  throw new Error(`${label}: the default export of ${file} must be ${what}`);
+}
+
+/** A function of a message, or what `defineTransform` makes. */
+export async function loadTransform(label: string, file: string): Promise<Transform> {
+  const found = await exportOf(label, file);
+  const transform = typeof found === "function"
+    ? found
+    : (found as { readonly transform?: unknown } | undefined | null)?.transform;
+  if (typeof transform === "function") return transform as Transform;
+  const what = "a function (message) => …, or what defineTransform() makes";
   throw new Error(`${label}: the default export of ${file} must be ${what}`);
 }
 

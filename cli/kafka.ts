@@ -5,7 +5,7 @@
  */
 import process from "node:process";
 import type { AtomicSink, CallSink, PositionOwner } from "../mod.ts";
-import { kafkaCursorPlace, kafkaPlainSink, kafkaSink } from "../adapters/kafka.ts";
+import { kafkaCursorPlace, kafkaPlainSink, kafkaSink, type Transform } from "../adapters/kafka.ts";
 import type { KafkaSourceClient, KafkaSourceConnection } from "../adapters/kafka_source.ts";
 import { kafkajs, type KafkajsKafka } from "../adapters/kafkajs.ts";
 import type { Check } from "./database.ts";
@@ -216,9 +216,14 @@ async function loadKafka(brokers: readonly string[], options: object = {}): Prom
 }
 
 /** Makes the sink of a relay. */
-export function openKafkaSink(label: string, url: string, createTopics: boolean): AtomicSink | CallSink {
+export function openKafkaSink(
+  label: string,
+  url: string,
+  createTopics: boolean,
+  transform?: Transform,
+): AtomicSink | CallSink {
   const { name, topic, transactions, client, ...cursor } = readKafka(label, url);
-  const options = { name, topic, createTopics };
+  const options = { name, topic, createTopics, ...transform && { transform } };
   return transactions ? kafkaSink(client, { ...options, ...cursor }) : kafkaPlainSink(client, options);
 }
 

@@ -147,6 +147,40 @@ Deno.test("into Kafka each record goes once, with its own bytes, whatever is kil
   }
 });
 
+Deno.test("a function makes of each record one, several or none, into topics that it names; what it refuses is set aside", async () => {
+  await using at = await emptyBox();
+  const [topic, small, large, dead] = [
+    await makeTopic(BROKERS),
+    await makeTopic(BROKERS),
+    await makeTopic(BROKERS),
+    await makeTopic(BROKERS),
+  ];
+  const mod = new URL("../adapters/kafka.ts", import.meta.url).href;
+  await Deno.writeTextFile(
+    `${at.folder}/split.ts`,
+    `import { defineTransform } from "${mod}";
+  export default defineTransform((message) => {
+    const { id, total } = message.json<any>();
+    if (id === 3) throw new Error("not that one");
+    if (id === 4) return null;
+    const large = { topic: "${large}", key: "by-" + id, value: { total } };
+    return id % 2 ? large : [{ topic: "${small}", value: String(total), headers: { h: "1" } }, large];
+  });`,
+  );
+  await produce(topic, ...payments(0, 6));
+  const line = ["relay", "--from", from(topic, freshName("split"), `&dead-letter=${dead}`), "--to", `kafka://${BROKERS}`];
+  const { code } = await at.run([...line, "--handler", "split.ts", "--attempts", "1", "--drain", ...QUICK]);
+  assertEquals(code, 1, "one was set aside");
+  const [inSmall, inLarge] = [await readTopic(BROKERS, small), await readTopic(BROKERS, large)];
+  assertEquals(inSmall.map(({ key, value, headers }) => [key, value, headers["h"]]), [["k0", "0", "1"], ["k2", "20", "1"]]);
+  assertEquals(
+    inLarge.map(({ key, value }) => [key, value]),
+    [0, 1, 2, 5].map((id) => [`by-${id}`, `{"total":${id * 10}}`]),
+  );
+  assertEquals(inLarge.map(({ headers }) => headers["effectonce-position"]), ["1", "2", "4", "5"]);
+  assertEquals((await readTopic(BROKERS, dead)).map(({ headers }) => headers["effectonce-error"]), ["not that one"]);
+});
+
 Deno.test("relays into a database that are killed again and again: each record once (acceptance 20)", async () => {
   await using db = await testDatabase("postgres");
   await using at = await emptyBox();
@@ -203,7 +237,9 @@ Deno.test("what does not go together is a sentence that names the flags", async 
   assertUsage(await relay(good, "http://127.0.0.1:1/"), "--store is missing: where are calls claimed?");
   assertUsage(await relay(good, "sqlite:app.db"), "give --handler FILE, or ?table=NAME in the URL");
   assertUsage(await relay(good, "sqlite:app.db?table=x", "--handler", "x.ts"), "not both");
-  assertUsage(await relay(good, "stdout:", "--handler", "x.ts"), "--handler is for targets that are databases");
+  assertUsage(await relay(good, "stdout:", "--handler", "x.ts"), "--handler is for targets that are databases, or kafka:");
+  assertUsage(await relay(good, `kafka://${BROKERS}`), "it names no topic to write to");
+  assertUsage(await relay(good, `kafka://${BROKERS}/t`), "it is the topic that is read");
   assertUsage(await relay(good, "file:x.jsonl"), "a file takes one relay");
   assertUsage(await relay(good, "stdout:", "--topics", "a"), "--topics is for outboxes");
   assertUsage(await relay(good, "stdout:", "--on-park", "block"), "only skip");
