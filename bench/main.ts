@@ -1,5 +1,5 @@
 /**
- * Benchmarks, as ratios taken side by side in one run: `deno task bench dedupe|growth|kafka|relay|size [--json] [--adapters a,b]`. Each
+ * Benchmarks, as ratios taken side by side in one run: `deno task bench dedupe|growth|kafka|kafka-from|relay|size [--json] [--adapters a,b]`. Each
  * run appends its raw results to `bench/results/`; `deno task bench readme` writes the README's figures from the last ones.
  *
  * @module
@@ -8,6 +8,7 @@ import { parseArgs as parse } from "node:util";
 import { dedupe } from "./dedupe.ts";
 import { growth } from "./growth.ts";
 import { kafka } from "./kafka.ts";
+import { kafkaFrom } from "./kafka_from.ts";
 import { writeFigures } from "./readme.ts";
 import { relays } from "./relay.ts";
 import { size } from "./size.ts";
@@ -17,6 +18,7 @@ const BENCHES: Readonly<Record<string, Bench>> = {
   dedupe,
   growth,
   kafka,
+  "kafka-from": kafkaFrom,
   relay: relays,
   size,
 };

@@ -58,8 +58,8 @@ export async function openDatabaseSink(flags: Flags): Promise<{ readonly sink: A
     await database.store.list({ limit: 1 });
     const table = read.parameters.get("table");
     const found = given ?? intoTable(read.scheme, { table: table!, ...modeOf(label, read) });
-    const key = found.key && { key: found.key };
-    const sink = handler(database.store, found.handle, key || {});
+    const { handle, ...options } = found;
+    const sink = handler(database.store, handle, options);
     return {
       sink: { ...sink, name: given ? `${flags.text("handler")} on ${database.name}` : `${database.name}, table ${table}` },
       database,
@@ -111,6 +111,9 @@ export async function loadTransform(label: string, file: string): Promise<Transf
 }
 
 // ------------------------------------------------------------------------------------------------------------------ tables
+
+/** What is bound in one statement: SQLite takes 32,766 values, PostgreSQL and MySQL 65,535. */
+const MOST_VALUES = 30_000;
 
 interface IntoTable {
   readonly table: string;
@@ -184,22 +187,50 @@ function intoTable(scheme: string, { table, upsert, ignoresUnknown }: IntoTable)
       : typeof value === "boolean" && kind === "sqlite"
       ? Number(value)
       : value;
+  /** The columns that a message has a field for, and their values; in the order of the table's. */
+  function rowOf(message: Message): { readonly used: readonly Column[]; readonly values: readonly unknown[] } {
+    const fields = fieldsOf(message);
+    const unknown = Object.keys(fields).find((name) => !columns!.some((column) => column.name === name));
+    if (unknown !== undefined && !ignoresUnknown) throw rejected(`its field "${unknown}" is no column of ${table}`);
+    const used = columns!.filter(({ name }) => Object.hasOwn(fields, name));
+    if (used.length === 0) throw rejected(`none of its fields is a column of ${table}`);
+    return { used, values: used.map(({ name }) => bound(fields[name]!)) };
+  }
+  const insert = (run: Run, used: readonly Column[], rows: readonly (readonly unknown[])[]) => {
+    const row = `(${used.map(() => "?").join(", ")})`;
+    const into = `insert into ${quote(table)} (${used.map(({ name }) => quote(name)).join(", ")})`;
+    return run(`${into} values ${rows.map(() => row).join(", ")}${upsert ? replacing(used) : ""}`, rows.flat());
+  };
   return {
+    batch: 500,
     async handle(message, _, client) {
       const run = runOn(scheme, client);
       columns ??= await learn(run);
-      const known = new Map(columns.map((column) => [column.name, column]));
-      const fields = Object.entries(fieldsOf(message));
-      const unknown = fields.find(([name]) => !known.has(name));
-      if (unknown && !ignoresUnknown) throw rejected(`its field "${unknown[0]}" is no column of ${table}`);
-      const used = fields.filter(([name]) => known.has(name));
-      if (used.length === 0) throw rejected(`none of its fields is a column of ${table}`);
-      const names = used.map(([name]) => quote(name));
-      const insert = `insert into ${quote(table)} (${names.join(", ")}) values (${names.map(() => "?").join(", ")})`;
-      await run(
-        insert + (upsert ? replacing(used.map(([name]) => known.get(name)!)) : ""),
-        used.map(([, value]) => bound(value)),
-      );
+      const { used, values } = rowOf(message);
+      await insert(run, used, [values]);
+    },
+    async all(messages, _, client) {
+      const run = runOn(scheme, client);
+      columns ??= await learn(run);
+      let rows: (readonly unknown[])[] = [];
+      let of: readonly Column[] = [];
+      let keys = new Set<string>();
+      for (const message of messages) {
+        const { used, values } = rowOf(message);
+        const key = JSON.stringify(values.filter((_, i) => used[i]!.isKey));
+        // One statement for rows of the same columns, and none for the same row twice.
+        const fits = used.length === of.length && used.every((column, i) => column === of[i]) &&
+          (rows.length + 1) * used.length <= MOST_VALUES;
+        if (rows.length > 0 && (!fits || upsert && keys.has(key))) {
+          await insert(run, of, rows);
+          rows = [];
+          keys = new Set();
+        }
+        of = used;
+        rows.push(values);
+        keys.add(key);
+      }
+      if (rows.length > 0) await insert(run, of, rows);
     },
   };
 
