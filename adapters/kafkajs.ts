@@ -686,7 +686,7 @@ function toFetched({ messages, abortedTransactions, lastStableOffset }: FetchedP
     );
     records.push({ offset, timestamp: Number(timestamp), key, value, headers: all });
   }
-  // A batch that compaction has emptied has no records, but offsets.
+  // A batch that compaction has emptied has no records, but offsets. Of a partition that was asked for alone a batch is always there.
   if (next === from && Number(lastStableOffset) > from) next++;
   return { records, next, outOfRange: false };
 }
@@ -889,8 +889,16 @@ async function openConnection(kafka: KafkajsKafka): Promise<KafkaSourceConnectio
   ): Promise<ReadonlyMap<number, Fetched>> {
     try {
       await cluster.addTargetTopic(topic);
-      const found = await fetch(topic, from, waitMs);
-      return new Map(found.map((fetched) => [fetched.partition, toFetched(fetched, from.get(fetched.partition)!)]));
+      const all = new Map<number, Fetched>();
+      for (const fetched of await fetch(topic, from, waitMs)) {
+        const { partition } = fetched;
+        const next = from.get(partition)!;
+        // What there is has a place in the answer only if it is asked for alone: others may have filled it.
+        const cut = from.size > 1 && fetched.messages.length === 0 && Number(fetched.lastStableOffset) > next;
+        if (!cut) all.set(partition, toFetched(fetched, next));
+        else for (const [, alone] of await fetchAll(topic, new Map([[partition, next]]), 0)) all.set(partition, alone);
+      }
+      return all;
     } catch (error) {
       if (isOneOf(error, FORBIDDEN)) throw explained(error);
       if ((error as Error).name === "KafkaJSNotImplemented") {

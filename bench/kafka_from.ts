@@ -237,6 +237,7 @@ async function measure(brokers: string, name: string, rows: number): Promise<Mea
     await makeTopic(brokers, { partitions: PARTITIONS }),
   ];
   const pool = new pg.Pool({ connectionString: made.url });
+  pool.on("error", () => {}); // Of what failed, once its database is dropped.
   await migratePostgres(pool);
   await pool.query("create table payments (id bigint not null, total bigint, note text)");
   await pool.query("create table done (id text primary key)");

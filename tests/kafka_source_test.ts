@@ -272,6 +272,17 @@ Deno.test("a sink that is called: each record is claimed, and the group keeps th
   assertEquals(got.length, 19);
 });
 
+Deno.test("more than a broker answers at once comes whole, from every partition", async () => {
+  const topic = await makeTopic(BROKERS, { partitions: 6 });
+  const { to, texts } = ledger();
+  for (let n = 0; n < 120; n += 6) {
+    await produce(topic, Array.from({ length: 6 }, (_, i) => ({ partition: i, value: `${n + i} ${"x".repeat(150_000)}` })));
+  }
+  assertEquals((await drained(topic, { name: freshName("group"), to })).delivered, 120);
+  const numbers = texts().map((text) => Number(text.split(" ")[0])).toSorted((a, b) => a - b);
+  assertEquals(numbers, Array.from({ length: 120 }, (_, i) => i));
+});
+
 Deno.test("members share the partitions, and hand them over: each record once, in order, while they come and go", async () => {
   const topic = await makeTopic(BROKERS, { partitions: 6 });
   const { to, texts } = ledger();
