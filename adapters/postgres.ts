@@ -226,6 +226,7 @@ const dialect: Dialect = {
     sql: `${table} where (scope, "key") in (values (?::text, ?::text)${", (?, ?)".repeat(keys.length - 1)})`,
     values: keys.flatMap(({ scope, key }) => [scope, key]),
   }),
+  endSilence: "set local idle_in_transaction_session_timeout = 30000",
   deleteFrom: () => "delete from",
   latest: "",
   checkText: () => {},

@@ -98,6 +98,8 @@ export interface Dialect {
   literal(text: string): string;
   /** The table of effects, of which only those of these keys are looked at and locked; conditions follow behind `and`. */
   only(table: string, keys: readonly EffectKey[]): Statement;
+  /** Ends a transaction of whoever is silent in it for half a minute, where the server can: it keeps a position from others. */
+  readonly endSilence?: string;
   /** The beginning of a DELETE, before `only`. */
   deleteFrom(table: string): string;
   /** Whether a subquery passes on large values without reading them. */
@@ -693,6 +695,7 @@ function handle(
       advance: ({ relay, source }, { n, uid, prev, rows }) =>
         guard.run(async () => {
           const owner = [name(relay), name(source)];
+          if (dialect.endSilence) await sql(dialect.endSilence);
           const last = `select n, uid, prev, "rows" from ${tables.positions} where relay = ? and source = ?
             order by n desc limit 1`;
           const [stored] = await sql(last, owner);

@@ -7,6 +7,7 @@ import { dedupeChart, growthChart, relayChart } from "./chart.ts";
 import type { DedupeRow } from "./dedupe.ts";
 import type { GrowthRow } from "./growth.ts";
 import type { KafkaRow } from "./kafka.ts";
+import type { KafkaFromRow } from "./kafka_from.ts";
 import type { RelayRow } from "./relay.ts";
 
 interface Result<Row> {
@@ -35,6 +36,26 @@ interface Peer {
   readonly p50Ms: number;
   readonly p99Ms: number;
   readonly duplicates: string;
+}
+
+/** Out of Kafka: each beside the case that it is compared with. */
+async function kafkaFromFigures(): Promise<readonly string[]> {
+  const { rows } = await last<KafkaFromRow>("kafka-from");
+  return [
+    `A topic of ${
+      grouped(rows[0]!.rows)
+    } messages (200 bytes, 6 partitions) into PostgreSQL, or through into another topic, all in one ` +
+    "run. By hand six partitions are written at the same time, on a connection each. The ratio is to the case that is named beside it:",
+    "",
+    table(
+      ["", "rows/s", "ratio", "to", "peak memory"],
+      rows.map(({ case: name, rowsPerSecond, ratio, against, peakMb }) => [
+        ...[name, grouped(rowsPerSecond), against === name ? "" : `${ratio.toFixed(2)} ×`],
+        ...[against === name ? "" : against.replace(/^kafka -> \w+, /, ""), `${peakMb} MB`],
+      ]),
+    ),
+    "",
+  ];
 }
 
 /** Ours beside what others do, as they were measured on a machine of the same kind. */
@@ -134,6 +155,7 @@ export async function figures(): Promise<string> {
     ),
     "",
     ...await kafkaFigures(),
+    ...await kafkaFromFigures(),
     `\`mod.ts\`, minified and compressed: ${(size.rows[0]!.gzipBytes / 1000).toFixed(1)} kB.`,
   ].join("\n");
 }
