@@ -306,3 +306,56 @@ Deno.test("a relay that sleeps past its session is shut out by the database when
 async function stateOf(pid: number): Promise<string | undefined> {
   return /^State:\s+(\S)/m.exec(await Deno.readTextFile(`/proc/${pid}/status`))?.[1];
 }
+
+Deno.test("the consumer that most people write doubles rows under the same kills: else the tests above would prove nothing", async () => {
+  await using db = await testDatabase("postgres");
+  await db.sql("create table payments (id bigint not null, total bigint not null)");
+  const topic = await makeTopic(BROKERS);
+  await produce(topic, ...payments(0, 20_000));
+  const group = freshName("naive");
+  const script = new URL("kafka/naive_consumer.ts", import.meta.url).pathname;
+  const numbers = async () => {
+    const [row] = await db.sql("select count(*) as n, count(distinct id) as once from payments");
+    return { rows: Number(row!["n"]), once: Number(row!["once"]) };
+  };
+  let twice = 0;
+  for (let n = 0; n < 20 && twice === 0; n++) {
+    const before = (await numbers()).rows;
+    const child = new Deno.Command(Deno.execPath(), {
+      args: ["run", "-A", "--quiet", script, BROKERS, topic, group, db.url],
+      ...{ stdout: "null", stderr: "null" },
+    }).spawn();
+    await until(async () => (await numbers()).rows > before + 50, 60_000);
+    child.kill("SIGKILL");
+    assertEquals((await child.status).signal, "SIGKILL");
+    const { rows, once } = await numbers();
+    twice = rows - once;
+  }
+  assert(twice > 0, "none came twice: the kills did not hit");
+});
+
+Deno.test("through into Kafka a relay that sleeps past its session is shut out when it wakes: each record once (acceptance 21)", async () => {
+  await using at = await emptyBox();
+  const [topic, out] = [await makeTopic(BROKERS, { partitions: 2 }), await makeTopic(BROKERS)];
+  await Deno.writeTextFile(
+    `${at.folder}/slow.ts`,
+    `export default (message: { json(): any; value: Uint8Array }) => {
+      if (message.json().id === 5 && Deno.env.get("SLEEPS")) Deno.kill(Deno.pid, "SIGSTOP");
+      return { value: message.value };
+    };`,
+  );
+  const ends = ["--from", from(topic, freshName("through")), "--to", `kafka://${BROKERS}/${out}`, "--handler", "slow.ts"];
+  const line = ["relay", ...ends, "--batch", "10", ...QUICK];
+  await produce(topic, ...payments(0, 20));
+  const ids = async () => (await readTopic(BROKERS, out)).map(({ value }) => JSON.parse(value!).id as number);
+  const sleeper = at.start(line, { env: { SLEEPS: "1" } });
+  await until(async () => (await stateOf(sleeper.pid)) === "T", 30_000);
+  const heir = at.start(line);
+  await until(async () => (await ids()).length === 20, 60_000);
+  sleeper.kill("SIGCONT");
+  await produce(topic, ...payments(20, 40));
+  await until(async () => (await ids()).length >= 40, 60_000);
+  assertEquals((await heir.stop()).code, 0);
+  assertEquals((await sleeper.stop()).code, 0);
+  assertEquals((await ids()).toSorted((a, b) => a - b), payments(0, 40).map(({ id }) => id));
+});
