@@ -4,12 +4,14 @@
  * @module
  */
 import { guarantee, type Outbox } from "../mod.ts";
+import { kafkaLag } from "../adapters/kafka_source.ts";
 import { type Command, JSON_OUT, STORE, using } from "./command.ts";
 import { relaysOf } from "./config.ts";
 import type { Database } from "./database.ts";
 import { STATES } from "./effects.ts";
-import { blaming, openEnds, openTarget, planOf } from "./ends.ts";
+import { blaming, isFromKafka, openEnds, openTarget, planOf } from "./ends.ts";
 import type { Flags } from "./flags.ts";
+import { readKafkaFrom } from "./kafka.ts";
 import { print, seconds } from "./print.ts";
 import { checksOfTarget } from "./open.ts";
 import { RELAY_FLAGS } from "./relay_flags.ts";
@@ -85,23 +87,51 @@ async function standing(outbox: Outbox, { count }: Database["store"], only: stri
   };
 }
 
+/** How far a consumer group is, by partition. */
+async function lagging(flags: Flags): Promise<Found> {
+  const { topic, group, client } = readKafkaFrom(flags.label("from"), flags.url("from")!);
+  const partitions = await kafkaLag(client, group, topic);
+  if (partitions.length === 0) throw new Error(`topic "${topic}" does not exist in Kafka`);
+  const lag = partitions.reduce((sum, { lag }) => sum + lag, 0);
+  const lines = partitions.map(({ partition, offset, end, lag }) =>
+    `partition ${partition}  ${lag} behind: at ${offset ?? "no offset yet"} of ${end}\n`
+  );
+  return {
+    value: { topic, group, lag, partitions },
+    text: `topic ${topic}, group ${group}: ${lag} behind\n${lines.join("")}`,
+    ok: true,
+  };
+}
+
 /** The command `status`. */
 export const STATUS: Command = {
-  summary: "what is pending, parked and in doubt, and which relays run",
-  flags: { store: STORE, config: RELAY_FLAGS.config!, name: RELAY_FLAGS.name!, json: JSON_OUT },
+  summary: "what is pending, parked and in doubt, and which relays run; of a topic how far a group is",
+  flags: {
+    store: { ...STORE, required: false },
+    from: { kind: "url", help: "instead: a topic and a group, kafka://…/topic?group=…" },
+    config: RELAY_FLAGS.config!,
+    name: RELAY_FLAGS.name!,
+    json: JSON_OUT,
+  },
   example: "status --store sqlite:app.db --json",
-  run: (flags) =>
-    flags.has("config")
-      ? eachRelay(flags, async (flags) => {
-        await using closing = new AsyncDisposableStack();
-        const { outbox, source, databases } = await openEnds(flags, closing);
-        if (outbox) return await standing(outbox, databases.at(-1)!.store, flags.text("name"));
-        const { pending } = await source.status();
-        return { value: { lag: pending }, text: `topic    ${pending} behind\n`, ok: true };
-      })
-      : using(flags, async ({ store, outbox }) => {
-        const only = flags.has("name") ? flags.text("name") : undefined;
-        const { value, text } = await standing(outbox({}), store, only);
-        print(flags, value, text);
-      }),
+  run: async (flags) => {
+    if (!flags.has("from") || !isFromKafka(flags) || flags.has("config")) return await ofDatabase(flags);
+    const { value, text } = await lagging(flags);
+    print(flags, value, text);
+    return 0;
+  },
 };
+
+const ofDatabase = (flags: Flags) =>
+  flags.has("config")
+    ? eachRelay(flags, async (flags) => {
+      await using closing = new AsyncDisposableStack();
+      if (isFromKafka(flags)) return await lagging(flags);
+      const { outbox, databases } = await openEnds(flags, closing);
+      return await standing(outbox!, databases.at(-1)!.store, flags.text("name"));
+    })
+    : using(flags, async ({ store, outbox }) => {
+      const only = flags.has("name") ? flags.text("name") : undefined;
+      const { value, text } = await standing(outbox({}), store, only);
+      print(flags, value, text);
+    });

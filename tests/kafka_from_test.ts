@@ -120,6 +120,15 @@ Deno.test("over HTTP each record is called once, by claims in a store", async ()
   await run();
   await run();
   assertEquals([target.keys().length, new Set(target.keys()).size], [12, 12]);
+  await produce(topic, ...payments(12, 15));
+  const shown = await at.json(["status", "--from", from(topic, group)]) as { lag: number; partitions: { lag: number }[] };
+  assertEquals([shown.lag, shown.partitions.length, shown.partitions.reduce((sum, { lag }) => sum + lag, 0)], [3, 2, 3]);
+  assertMatch(
+    await at.ok(["status", "--from", from(topic, group)]),
+    /^topic .*: 3 behind\npartition 0 {2}\d behind: at \d+ of \d+\n/,
+  );
+  const told = await at.ok(["doctor", "--from", from(topic, group), "--to", target.url, "--store", "sqlite:claims.db"]);
+  assertMatch(told, /at-most-once \(protocol: claimed\)/);
 });
 
 Deno.test("into Kafka each record goes once, with its own bytes, whatever is killed on the way", async () => {
