@@ -3,7 +3,10 @@
  *
  * @module
  */
+import { Buffer } from "node:buffer";
 import process from "node:process";
+import { promisify } from "node:util";
+import { zstdDecompress } from "node:zlib";
 import type { AtomicSink, CallSink, PositionOwner } from "../mod.ts";
 import { kafkaCursorPlace, kafkaPlainSink, kafkaSink, type Transform } from "../adapters/kafka.ts";
 import type { KafkaSourceClient, KafkaSourceConnection } from "../adapters/kafka_source.ts";
@@ -193,6 +196,34 @@ interface Kafkajs extends KafkajsKafka {
   };
 }
 
+interface Codec {
+  compress(encoder: unknown): Promise<Uint8Array>;
+  decompress(bytes: Uint8Array): Promise<Uint8Array>;
+}
+
+/** Nothing is written compressed here. */
+const reader = (decompress: Codec["decompress"]) => (): Codec => ({
+  compress: () => Promise.reject(new Error("effectonce does not compress")),
+  decompress,
+});
+/**
+ * What kafkajs cannot read by itself, by the protocol's numbers of compressions. Their packages are loaded, and installed, by those
+ * who meet such records.
+ */
+const CODECS: Readonly<Record<number, () => Codec>> = {
+  2: reader(async (bytes) => {
+    const specifier = "npm:kafkajs-snappy@^1.1.0";
+    const { default: codec } = await import(specifier) as { default: () => Codec };
+    return await codec().decompress(bytes);
+  }),
+  3: reader(async (bytes) => {
+    const specifier = "npm:lz4js@^0.2.0";
+    const { default: lz4 } = await import(specifier) as { default: { decompress(bytes: Uint8Array): Uint8Array } };
+    return Buffer.from(lz4.decompress(bytes));
+  }),
+  4: reader((bytes) => promisify(zstdDecompress)(bytes)),
+};
+
 /** Loads kafkajs, and makes a client. */
 async function loadKafka(brokers: readonly string[], options: object = {}): Promise<Kafkajs> {
   if (!quiet) {
@@ -204,7 +235,11 @@ async function loadKafka(brokers: readonly string[], options: object = {}): Prom
     }) as typeof emit;
   }
   const specifier = "npm:kafkajs@^2.2.4"; // Computed, so that only its users install it.
-  const { Kafka } = await import(specifier) as { Kafka: new (options: unknown) => Kafkajs };
+  const { Kafka, CompressionCodecs } = await import(specifier) as {
+    Kafka: new (options: unknown) => Kafkajs;
+    CompressionCodecs: Record<number, () => Codec>;
+  };
+  Object.assign(CompressionCodecs, CODECS);
   return new Kafka({
     clientId: "effectonce",
     brokers,

@@ -1,7 +1,7 @@
 /** The command line from a real Kafka: into databases, by a function or a table; over HTTP; into Kafka. */
 import { assert, assertEquals, assertMatch } from "@std/assert";
 import { assertFailure, assertUsage, type Box, emptyBox, Target, until } from "./cli_run.ts";
-import { freshName, kafkaOf, makeTopic, readTopic } from "./kafka/topics.ts";
+import { freshName, kafkaOf, makeTopic, produceInJava, readTopic } from "./kafka/topics.ts";
 import { testDatabase } from "./servers/servers.ts";
 import { service } from "./services/mod.ts";
 
@@ -367,4 +367,25 @@ Deno.test("through into Kafka a relay that sleeps past its session is shut out w
   assertEquals((await heir.stop()).code, 0);
   assertEquals((await sleeper.stop()).code, 0);
   assertEquals((await ids()).toSorted((a, b) => a - b), payments(0, 40).map(({ id }) => id));
+});
+
+Deno.test("records that Kafka's own producer has compressed are read: gzip, Snappy, LZ4, zstd", async () => {
+  await using at = await emptyBox();
+  await at.ok(["init", "--store", "sqlite:app.db"]);
+  at.sql("create table payments (id bigint primary key, total bigint, note text)");
+  const topic = await makeTopic(BROKERS);
+  let id = 0;
+  for (const compression of ["gzip", "snappy", "lz4", "zstd"] as const) {
+    const values = Array.from(
+      { length: 200 },
+      () => JSON.stringify({ id: id++, total: 10, note: `${compression} ü `.repeat(50) }),
+    );
+    await produceInJava(BROKERS, topic, compression, values);
+  }
+  const to = "sqlite:app.db?driver=node&table=payments";
+  await at.ok(["relay", "--from", from(topic, freshName("g")), "--to", to, "--drain", ...QUICK]);
+  const found = at.sql(
+    "select substr(note, 1, 4) as what, count(*) as n, sum(length(note)) > 0 as full from payments group by 1 order by 1",
+  );
+  assertEquals(found.map(({ what, n }) => [what, n]), [["gzip", 200], ["lz4 ", 200], ["snap", 200], ["zstd", 200]]);
 });

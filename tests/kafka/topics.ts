@@ -156,3 +156,24 @@ export async function readTopicInJava(brokers: string, topic: string): Promise<r
   });
   return seen.sort((a, b) => a.partition - b.partition || a.offset - b.offset);
 }
+
+/** Produces by Kafka's own producer in Java, which compresses. */
+export async function produceInJava(
+  brokers: string,
+  topic: string,
+  compression: "gzip" | "snappy" | "lz4" | "zstd",
+  values: readonly string[],
+): Promise<void> {
+  const child = new Deno.Command("java", {
+    args: [
+      ...["-cp", await kafkaClassPath(), "org.apache.kafka.tools.ConsoleProducer"],
+      ...["--bootstrap-server", brokers, "--topic", topic, "--compression-codec", compression],
+    ],
+    ...{ stdin: "piped", stdout: "null", stderr: "piped" },
+  }).spawn();
+  const writer = child.stdin.getWriter();
+  await writer.write(new TextEncoder().encode(values.map((value) => `${value}\n`).join("")));
+  await writer.close();
+  const { success, stderr } = await child.output();
+  if (!success) throw new Error(`Kafka's producer failed: ${new TextDecoder().decode(stderr)}`);
+}
