@@ -1,6 +1,7 @@
 /** The command line from a real Kafka: into databases, by a function or a table; over HTTP; into Kafka. */
 import { assert, assertEquals, assertMatch } from "@std/assert";
-import { assertFailure, assertUsage, type Box, emptyBox, Target, until } from "./cli_run.ts";
+import { assertFailure, assertUsage, type Box, emptyBox, Running, Target, until } from "./cli_run.ts";
+import type { Plan } from "./kafka/source_child.ts";
 import { freshName, kafkaOf, makeTopic, produceInJava, readTopic } from "./kafka/topics.ts";
 import { testDatabase } from "./servers/servers.ts";
 import { service } from "./services/mod.ts";
@@ -388,4 +389,51 @@ Deno.test("records that Kafka's own producer has compressed are read: gzip, Snap
     "select substr(note, 1, 4) as what, count(*) as n, sum(length(note)) > 0 as full from payments group by 1 order by 1",
   );
   assertEquals(found.map(({ what, n }) => [what, n]), [["gzip", 200], ["lz4 ", 200], ["snap", 200], ["zstd", 200]]);
+});
+
+const STEPS: readonly (readonly [step: string, times: readonly number[]])[] = [
+  ["source.open", [1]],
+  ["source.settled", [1]],
+  ["sink.open", [1]],
+  ["source.seal", [1, 2, 4]],
+  ["handler.run", [1, 7]],
+  ["sink.commit", [1, 2, 3]],
+  ["sink.close", [1]],
+  ["source.close", [1]],
+];
+
+// All at once, each with a topic and a group of its own: a member that was killed is waited for.
+Deno.test("a relay into a database that is killed at any of its steps: each record once, in order (acceptance 20)", async () => {
+  await using db = await testDatabase("postgres");
+  await db.program().migrate();
+  await db.sql("create table payments (at bigserial, topic text not null, id bigint not null)");
+  const script = new URL("kafka/source_child.ts", import.meta.url).pathname;
+  const start = (plan: Plan) =>
+    new Running(
+      new Deno.Command(Deno.execPath(), {
+        args: ["run", "-A", "--quiet", script, JSON.stringify(plan)],
+        ...{ stdin: "null", stdout: "piped", stderr: "piped" },
+      }).spawn(),
+    );
+  const moments = STEPS.flatMap(([step, times]) =>
+    times.flatMap((time) => [{ step: `before ${step}`, time }, { step: `after ${step}`, time }])
+  );
+  await Promise.all(moments.map(async (stop) => {
+    const topic = await makeTopic(BROKERS);
+    await produce(topic, ...payments(0, 20));
+    const plan = { ...stop, brokers: BROKERS, topic, url: db.url };
+    const first = start(plan);
+    const line = await first.until((line) => line.startsWith("at "));
+    assertEquals(line, `at ${first.pid}`);
+    first.kill("SIGKILL");
+    assertEquals((await first.ended()).signal, "SIGKILL");
+    const { code, stdout, stderr } = await start({ ...plan, step: "" }).ended();
+    assertEquals([code, stdout.trim()], [0, "drained"], `${stop.step}, the ${stop.time}. time: ${stderr}`);
+    const rows = await db.sql("select id from payments where topic = ? order by at", [topic]);
+    assertEquals(
+      rows.map(({ id }) => Number(id)),
+      payments(0, 20).map(({ id }) => id),
+      `${stop.step}, the ${stop.time}. time`,
+    );
+  }));
 });
