@@ -343,8 +343,10 @@ export function kafkaSource(client: KafkaSourceClient, options: KafkaSourceOptio
   const dirty = new Map<number, GroupOffset>();
   let opened: Promise<Opened> | undefined;
   let member: KafkaMember | undefined;
-  /** The partitions of this member; undefined while it has to join. */
+  /** The partitions of this member; undefined before it has joined. */
   let assigned: readonly number[] | undefined;
+  /** Whether it has to join anew, once it has finished what it has in hand. */
+  let over = false;
   let reading = false;
 
   async function open() {
@@ -415,16 +417,12 @@ export function kafkaSource(client: KafkaSourceClient, options: KafkaSourceOptio
   async function keep(): Promise<void> {
     if (dirty.size === 0 || !member || !assigned) return;
     const kept = new Map(dirty);
-    if (!await member.commit(kept)) {
-      assigned = undefined;
-      return;
-    }
+    if (!await member.commit(kept)) return;
     for (const [partition, place] of kept) if (dirty.get(partition) === place) dirty.delete(partition);
   }
 
   async function openPartition(partition: number, { relay, original }: SourceOptions): Promise<SourceSession> {
     const { connection, count, cluster } = await connected();
-    const mine = assigned;
     const lost = () => new EffectError("fenced", `Partition ${partition} of ${name} is another member's now`);
     const reader = new Reader();
     readers.set(partition, reader);
@@ -501,7 +499,7 @@ export function kafkaSource(client: KafkaSourceClient, options: KafkaSourceOptio
       readAhead();
     }
     function check(): void {
-      if (assigned === undefined ? mine === undefined : !assigned.includes(partition)) throw lost();
+      if (!assigned?.includes(partition)) throw lost();
       reader.check();
       if (reader.outOfRange && reader.records.length === taken) {
         throw diverged(`record ${reader.next} was deleted before it was taken`);
@@ -609,7 +607,7 @@ export function kafkaSource(client: KafkaSourceClient, options: KafkaSourceOptio
       },
       // deno-lint-ignore require-await -- what throws here must reject
       async settled() {
-        if (assigned !== undefined && !assigned.includes(partition)) throw lost();
+        if (!assigned?.includes(partition)) throw lost();
         return original ? note?.n ?? 0 : 0;
       },
       async seal(ring, limits) {
@@ -674,12 +672,16 @@ export function kafkaSource(client: KafkaSourceClient, options: KafkaSourceOptio
         member ??= connection.member(options.group ?? relay, topic, Math.max(leaseMs, 6_000));
         if (assigned) {
           await keep();
-          if (assigned && await member.beat()) return assigned;
-        } else await member.beat(); // So that it is not given up while it finishes what it has in hand.
-        assigned = undefined;
-        // What it has in hand is finished first: the others wait for it.
-        if (running.length > 0) return [];
-        return assigned = await member.join();
+          // Also while it finishes what it has in hand, so that it is not given up.
+          over = !await member.beat() || over;
+          if (!over) return assigned;
+          // The others wait for it.
+          if (running.length > 0) return [];
+        }
+        assigned = await member.join();
+        over = false;
+        for (const partition of dirty.keys()) if (!assigned.includes(partition)) dirty.delete(partition);
+        return assigned;
       } catch (error) {
         if (error instanceof EffectError) throw error;
         throw new EffectError("busy", `${name} could not be reached: ${(error as Error).message}`, { cause: error });

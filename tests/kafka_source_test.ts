@@ -1,7 +1,7 @@
 /** Kafka as a source, on a real broker. */
 import { assert, assertEquals, assertMatch, assertRejects } from "@std/assert";
 import { Buffer } from "node:buffer";
-import { CompressionTypes, type Message as Produced } from "kafkajs";
+import { CompressionTypes, Kafka, logLevel, type Message as Produced } from "kafkajs";
 import {
   EffectError,
   handler,
@@ -18,6 +18,7 @@ import { memorySink, memoryStore } from "@effectonce/effectonce/memory";
 import { relayShards, type ShardsOptions } from "@effectonce/effectonce/shards";
 import { until } from "./cli_run.ts";
 import { freshName, kafkaOf, makeTopic, readTopic } from "./kafka/topics.ts";
+import { startKafka } from "./services/kafka.ts";
 import { service } from "./services/mod.ts";
 
 const BROKERS = await service("kafka");
@@ -348,4 +349,39 @@ Deno.test("what is no place to read from is said in a sentence", async () => {
   const mixed = await assertRejects(() => drained(topic, { name, to, store: memoryStore() }), EffectError);
   await consumer.disconnect();
   assertMatch(mixed.message, /the group ".*" has consumers that are no effectonce: give the relay a name of its own/);
+});
+
+Deno.test("a broker that is killed and started again holds a source up, and no more: each record once, in order", async () => {
+  await using cluster = await startKafka();
+  const { brokers, nodes: [node] } = cluster;
+  const topic = await makeTopic(brokers, { partitions: 3 });
+  const { to, texts } = ledger();
+  const stop = new AbortController();
+  const client = kafkajs(
+    new Kafka({
+      ...{ brokers: [brokers], logLevel: logLevel.NOTHING, requestTimeout: 2_000, connectionTimeout: 1_000 },
+      retry: { initialRetryTime: 50, retries: 3 },
+    }),
+  );
+  await using from = kafkaSource(client, { topic });
+  const running = relayShards({ ...QUICK, name: "group", from, to, batch: 7, signal: stop.signal });
+  running.catch(() => {});
+  const producing = async (start: number, end: number) => {
+    const producer = kafkaOf(brokers).producer({ idempotent: true, maxInFlightRequests: 1 });
+    await producer.connect();
+    await producer.send({ topic, messages: numbered(start, end) });
+    await producer.disconnect();
+  };
+  await producing(0, 100);
+  for (let n = 1; n <= 2; n++) {
+    await until(() => texts().length >= n * 100 - 50, 120_000);
+    await node!.kill();
+    await node!.start();
+    await producing(n * 100, n * 100 + 100);
+  }
+  await until(() => texts().length >= 300, 120_000);
+  stop.abort();
+  await running;
+  assertEquals(texts().map(Number).toSorted((a, b) => a - b), Array.from({ length: 300 }, (_, i) => i));
+  assertOrder(texts());
 });
