@@ -1518,18 +1518,19 @@ export function handler<C>(
     open: async (owner) => ({
       ring: await store.positions(owner),
       async commit(batch) {
+        const together = (run: (effects: EffectTransaction, client: C) => Promise<void>) =>
+          store.transaction(async (effects, client) => {
+            await effects.advance(owner, batch);
+            await run(effects, client);
+          });
         if (all && batch.messages.length > 1) {
           try {
-            return await store.transaction(async (effects, client) => {
-              await effects.advance(owner, batch);
-              await all.call(options, batch.messages, effects, client);
-            });
+            return await together((effects, client) => all.call(options, batch.messages, effects, client));
           } catch (error) {
             if (error instanceof EffectError || store.isDatabaseFailure(error)) throw error;
           }
         }
-        await store.transaction(async (effects, client) => {
-          await effects.advance(owner, batch);
+        await together(async (effects, client) => {
           for (const message of batch.messages) {
             try {
               await handle(message, owner, effects, client);

@@ -173,9 +173,11 @@ export interface Transformed {
   readonly headers?: Readonly<Record<string, string>>;
 }
 
-/** What becomes of a message; null: nothing. */
+/** What becomes of a message: one record, several, or none. */
+export type TransformedAll = Transformed | readonly Transformed[] | null;
+
+/** Makes records of a message. */
 export type Transform = (message: Message) => TransformedAll | Promise<TransformedAll>;
-type TransformedAll = Transformed | readonly Transformed[] | null;
 
 /**
  * What a file exports as default for `relay --to kafka:… --handler FILE`.

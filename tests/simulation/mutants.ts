@@ -212,7 +212,7 @@ export const mutants: readonly Mutant[] = [
   core("a handler does not move its position", `await effects.advance(owner, batch);`, ``),
   core(
     "what a sink refused is parked, but its batch stays",
-    `await source.unseal(ring, [{ message, reason, retryMs }]);`,
+    `await source.unseal(ring, [{ message, reason, retryMs, attempts: attempt }]);`,
     `await source.park([{ message, reason, retryMs }]);`,
   ),
   shared(
