@@ -236,6 +236,8 @@ function parseNote(note: string): Note | undefined {
 
 /** How much of a partition is kept ready, in bytes. */
 const READY_BYTES = 2_097_152;
+/** How long the number of partitions is taken for true, in milliseconds. */
+const METADATA_MS = 60_000;
 /** How long a broker may wait for records. */
 const WAIT_MS = 250;
 
@@ -353,7 +355,7 @@ export function kafkaSource(client: KafkaSourceClient, options: KafkaSourceOptio
     // What waits for records keeps nothing else waiting.
     const [connection, fetching] = await Promise.all([client.open(), client.open()]);
     const count = await connection.partitions(topic);
-    if (count > 0) return { connection, fetching, count, cluster: await connection.clusterId() };
+    if (count > 0) return { connection, fetching, cluster: await connection.clusterId(), count, countedAt: runtime.now() };
     await Promise.all([connection.close(), fetching.close()]);
     throw new EffectError("source_invalid", `Topic "${topic}" does not exist in Kafka: create it`);
   }
@@ -363,6 +365,16 @@ export function kafkaSource(client: KafkaSourceClient, options: KafkaSourceOptio
       opened = undefined;
       throw error;
     });
+
+  /** Whether there are other partitions than those that were shared out. */
+  async function hasGrown(found: Opened): Promise<boolean> {
+    if (runtime.now() < found.countedAt + METADATA_MS) return false;
+    found.countedAt = runtime.now();
+    const before = found.count;
+    await Promise.all([found.connection.refresh(), found.fetching.refresh()]);
+    found.count = await found.connection.partitions(topic);
+    return found.count !== before;
+  }
 
   /** Reads ahead, for as long as somebody reads. */
   async function readAhead(): Promise<void> {
@@ -668,12 +680,12 @@ export function kafkaSource(client: KafkaSourceClient, options: KafkaSourceOptio
     }),
     async assign(relay, _, leaseMs, running) {
       try {
-        const { connection } = await connected();
-        member ??= connection.member(options.group ?? relay, topic, Math.max(leaseMs, 6_000));
+        const found = await connected();
+        member ??= found.connection.member(options.group ?? relay, topic, Math.max(leaseMs, 6_000));
         if (assigned) {
           await keep();
           // Also while it finishes what it has in hand, so that it is not given up.
-          over = !await member.beat() || over;
+          over = !await member.beat() || over || await hasGrown(found);
           if (!over) return assigned;
           // The others wait for it.
           if (running.length > 0) return [];

@@ -6,6 +6,7 @@ import {
   EffectError,
   handler,
   type Message,
+  realRuntime,
   rejected,
   type RelayEvent,
   type RelayReport,
@@ -327,6 +328,29 @@ Deno.test("members share the partitions, and hand them over: each record once, i
   );
   assertOrder(texts());
   assert(events.filter(({ type }) => type === "started").length > 12, "partitions went from one to another");
+});
+
+Deno.test("partitions that are added under way are found, and read from their beginning", async () => {
+  const topic = await makeTopic(BROKERS);
+  const { to, texts } = ledger();
+  let ahead = 0;
+  const runtime = { ...realRuntime, now: () => Date.now() + ahead };
+  const stop = new AbortController();
+  await using from = kafkaSource(clientOf(), { topic, runtime });
+  await produce(topic, numbered(0, 10));
+  const running = relayShards({ ...QUICK, name: freshName("group"), from, to, signal: stop.signal });
+  running.catch(() => {});
+  await until(() => texts().length === 10);
+  const admin = kafkaOf(BROKERS).admin();
+  await admin.connect();
+  await admin.createPartitions({ topicPartitions: [{ topic, count: 3 }] });
+  await admin.disconnect();
+  await produce(topic, numbered(10, 40));
+  ahead = 61_000;
+  await until(() => texts().length === 40, 30_000);
+  stop.abort();
+  await running;
+  assertEquals(texts().map(Number).toSorted((a, b) => a - b), Array.from({ length: 40 }, (_, i) => i));
 });
 
 Deno.test("what is no place to read from is said in a sentence", async () => {
