@@ -33,6 +33,7 @@ import {
   createMessage,
   EffectError,
   type Message,
+  type MessageFields,
   type Park,
   type Position,
   type ReadLimits,
@@ -140,6 +141,12 @@ export interface KafkaSourceOptions {
    */
   readonly start?: "earliest" | "latest";
   /**
+   * By what claims know a message; records of the same id have the same effect, once. Where it throws, the relay ends.
+   *
+   * @default {topic, partition, offset and time of the record}
+   */
+  readonly id?: (message: KafkaMessage) => string;
+  /**
    * A topic for records that were refused for good, or too often: with their own headers, and `effectonce-topic`, `-partition`,
    * `-offset`, `-group`, `-error` and `-attempts`. At least once: one that was set aside just before a crash may come twice.
    *
@@ -179,17 +186,26 @@ function textOf(key: Uint8Array): string {
   }
 }
 
-function toMessage(topic: string, partition: number, record: FetchedRecord): KafkaMessage {
+function toMessage(topic: string, partition: number, record: FetchedRecord, idOf?: KafkaSourceOptions["id"]): KafkaMessage {
   const { offset, timestamp, key, value, headers } = record;
-  const message = createMessage({
+  const fields = {
     id: `${topic}-${partition}-${offset}-${timestamp}`,
     topic,
     key: key && textOf(key),
     value,
     headers: Object.fromEntries(headers.map(([name, value]) => [name, value === null ? "" : utf8.decode(value)])),
     time: new Date(timestamp),
-  });
-  return Object.assign(message, { kafka: { ...record, topic, partition } });
+  };
+  const made = (fields: MessageFields): KafkaMessage =>
+    Object.assign(createMessage(fields), { kafka: { ...record, topic, partition } });
+  const message = made(fields);
+  if (!idOf) return message;
+  try {
+    return made({ ...fields, id: idOf(message) });
+  } catch (error) {
+    const why = `record ${offset} of partition ${partition} of topic ${topic} has no id: ${(error as Error).message}`;
+    throw new EffectError("source_invalid", `Cannot claim an effect: ${why}`, { cause: error });
+  }
 }
 
 const sizeOf = ({ key, value }: FetchedRecord): number => 100 + (key?.length ?? 0) + (value?.length ?? 0);
@@ -591,7 +607,7 @@ export function kafkaSource(client: KafkaSourceClient, options: KafkaSourceOptio
         let [size, waitMs] = [0, null as number | null];
         for (const record of reader.records) {
           if (done.has(record.offset)) continue;
-          const message = toMessage(topic, partition, record);
+          const message = toMessage(topic, partition, record, options.id);
           const until = waiting.get(record.offset);
           if (until !== undefined && until > runtime.now()) {
             waitMs = Math.min(waitMs ?? Infinity, until - runtime.now());

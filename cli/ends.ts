@@ -4,7 +4,7 @@
  * @module
  */
 import type { AtomicSink, CallSink, ClaimStore, Outbox, Source } from "../mod.ts";
-import { kafkaLag, type KafkaSource, kafkaSource } from "../adapters/kafka_source.ts";
+import { kafkaLag, type KafkaMessage, type KafkaSource, kafkaSource } from "../adapters/kafka_source.ts";
 import type { Database } from "./database.ts";
 import { reason, UsageError } from "./errors.ts";
 import type { Flags } from "./flags.ts";
@@ -47,7 +47,16 @@ export function planOf(flags: Flags): Plan {
     if (!flags.on("allow-duplicates")) continue;
     throw new UsageError(`${flags.label("allow-duplicates")} makes no claims: it excludes ${flags.label(other)}`);
   }
-  if (!isFromKafka(flags)) return { name: flags.text("name")!, flags, target: sink };
+  if (!isFromKafka(flags)) {
+    if (flags.layer.get("effect-key")?.source === "flag") {
+      throw new UsageError(`${flags.label("effect-key")} is for kafka: sources: a message of an outbox has an id`);
+    }
+    return { name: flags.text("name")!, flags, target: sink };
+  }
+  keyOf(flags);
+  if (sink?.kind !== "call" && flags.layer.get("effect-key")?.source === "flag") {
+    throw new UsageError(`${flags.label("effect-key")} is for targets that are called: others keep the position`);
+  }
   const { group } = readKafkaFrom(flags.label("from"), flags.url("from")!);
   for (const other of ["topics", "keep"]) {
     if (flags.layer.get(other)?.source === "flag") {
@@ -66,6 +75,28 @@ export function planOf(flags: Flags): Plan {
     throw new UsageError(`${flags.label("store")} is missing: ${why}`);
   }
   return { name: flags.layer.has("name") ? flags.text("name")! : group, flags, target: sink };
+}
+
+/** What `--effect-key` says an effect is known by. */
+function keyOf(flags: Flags): ((message: KafkaMessage) => string) | undefined {
+  const text = flags.text("effect-key");
+  if (text === undefined) return undefined;
+  const [, kind, name] = /^(header|json):(.+)$/s.exec(text) ?? [];
+  if (name === undefined) throw new UsageError(`${flags.label("effect-key")} must be header:NAME or json:FIELD.FIELD`);
+  if (kind === "header") {
+    return ({ headers }) => {
+      if (headers[name]) return headers[name];
+      throw new Error(`it has no header "${name}"`);
+    };
+  }
+  return (message) => {
+    const found = name.split(".").reduce<unknown>(
+      (value, field) => typeof value === "object" && value !== null ? (value as Record<string, unknown>)[field] : undefined,
+      message.json(),
+    );
+    if (typeof found === "string" && found !== "" || typeof found === "number") return String(found);
+    throw new Error(`its field ${name} is no text and no number`);
+  };
 }
 
 /** A relay from Kafka into Kafka must not read what it has written. */
@@ -151,7 +182,8 @@ function openTopic(flags: Flags, closing: AsyncDisposableStack): Pick<Ends, "sou
   const read = readKafkaFrom(label, flags.url("from")!);
   permitKafka(label, read);
   const { client, ...options } = read;
-  const topic = closing.use(kafkaSource(client, options));
+  const id = keyOf(flags);
+  const topic = closing.use(kafkaSource(client, { ...options, ...id && { id } }));
   const pending = async () => (await kafkaLag(client, options.group, options.topic)).reduce((sum, { lag }) => sum + lag, 0);
   return {
     outbox: undefined,

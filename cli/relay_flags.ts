@@ -14,6 +14,11 @@ export const RELAY_FLAGS: FlagTable = {
   topics: { kind: "names", help: "only these topics (all)" },
   drain: { kind: "switch", file: "top", help: "stop when nothing deliverable is left" },
   store: { kind: "url", help: "where calls are claimed (beside the outbox)" },
+  "effect-key": {
+    kind: "text",
+    value: "KEY",
+    help: "from kafka: claim by header:NAME or json:FIELD.FIELD, not by the offset",
+  },
   idempotent: { kind: "switch", help: "the target dedupes by the Idempotency-Key header: repeat after an interruption" },
   "dedupe-window-ms": {
     kind: "number",

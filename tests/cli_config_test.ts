@@ -87,7 +87,7 @@ Deno.test("every flag of every command is read from its variable, and a bad one 
       bad: bad !== undefined,
     };
   });
-  const silent = ["value", "scope", "listen", "result", "handler"]; // Texts of any kind, or looked at later.
+  const silent = ["value", "scope", "listen", "result", "handler", "effect-key"]; // Texts of any kind, or looked at later.
   const told = lines.filter(({ flag, bad }) => bad || !silent.includes(flag));
   const ended = await at.many(told);
   for (const [i, { args, flag }] of told.entries()) {

@@ -132,6 +132,32 @@ Deno.test("over HTTP each record is called once, by claims in a store", async ()
   assertMatch(told, /at-most-once \(protocol: claimed\)/);
 });
 
+Deno.test("an effect is known by a header or a field of its record: what comes twice in a topic happens once", async () => {
+  await using target = new Target();
+  await using at = await emptyBox();
+  await at.ok(["init", "--store", "sqlite:claims.db"]);
+  const topic = await makeTopic(BROKERS);
+  await produce(topic, { id: 1, order: { number: "a" } }, { id: 1, order: { number: "a" } }, {
+    id: 3,
+    order: { number: 7 },
+  });
+  const relay = (group: string, key: string) =>
+    at.run([
+      ...["relay", "--from", from(topic, group), "--to", target.url, "--store", "sqlite:claims.db", "--drain"],
+      ...["--effect-key", key, "--idempotent", ...QUICK],
+    ]);
+  const { code, stderr } = await relay(freshName("g"), "json:order.number");
+  assertEquals([code, stderr], [0, ""]);
+  assertEquals(target.asked.map(({ body }) => JSON.parse(body).id), [1, 3]);
+  const missing = await relay(freshName("g"), "header:order-id");
+  assertEquals(missing.code, 1);
+  assertMatch(
+    missing.stderr,
+    /Cannot claim an effect: record 0 of partition 0 of topic .* has no id: it has no header "order-id"/,
+  );
+  assertUsage(await relay("g", "offset"), "--effect-key must be header:NAME or json:FIELD.FIELD");
+});
+
 Deno.test("into Kafka each record goes once, with its own bytes, whatever is killed on the way", async () => {
   await using at = await emptyBox();
   const [topic, out] = [await makeTopic(BROKERS, { partitions: 3 }), await makeTopic(BROKERS, { partitions: 3 })];
