@@ -591,8 +591,10 @@ const CLAIMED = { state: "claimed", fence: 1, attempt: 1, generation: 1, request
 function handle(
   { dialect, tables }: Pick<SqlServer<unknown>, "dialect" | "tables">,
   sql: Run,
-  attempts: Attempts = { before: new Map(), mine: new Map() },
+  /** Of a transaction of the store's own; left out where one was joined, which is the application's. */
+  own?: Attempts,
 ): { readonly effects: EffectTransaction; readonly guard: TransactionGuard } {
+  const attempts: Attempts = own ?? { before: new Map(), mine: new Map() };
   const { clock, name, latest } = dialect;
   const { effects: table, columns: c } = tables;
   const guard = createGuard();
@@ -695,7 +697,7 @@ function handle(
       advance: ({ relay, source }, { n, uid, prev, rows }) =>
         guard.run(async () => {
           const owner = [name(relay), name(source)];
-          if (dialect.endSilence) await sql(dialect.endSilence);
+          if (own && dialect.endSilence) await sql(dialect.endSilence);
           const last = `select n, uid, prev, "rows" from ${tables.positions} where relay = ? and source = ?
             order by n desc limit 1`;
           const [stored] = await sql(last, owner);
