@@ -182,7 +182,9 @@ function textOf(key: Uint8Array): string {
   try {
     return strict.decode(key);
   } catch {
-    return `base64:${btoa(String.fromCharCode(...key))}`;
+    let text = "";
+    for (const byte of key) text += String.fromCharCode(byte);
+    return `base64:${btoa(text)}`;
   }
 }
 
@@ -306,7 +308,9 @@ class Reader {
   check(): void {
     const failure = this.#failure;
     this.#failure = undefined;
-    if (failure) throw failure.error;
+    if (!failure) return;
+    if (failure.error instanceof EffectError) throw failure.error;
+    throw new EffectError("busy", `Kafka could not be read: ${(failure.error as Error).message}`, { cause: failure.error });
   }
 }
 
@@ -353,6 +357,7 @@ export type KafkaSource = SharedSource & AsyncDisposable;
  */
 export function kafkaSource(client: KafkaSourceClient, options: KafkaSourceOptions): KafkaSource {
   const { topic, name = `kafka topic ${options.topic}`, start = "earliest", deadLetter, runtime = realRuntime } = options;
+  if (deadLetter === topic) throw new RangeError(`Cannot use ${topic} as its own dead-letter topic`);
   if (start !== "earliest" && start !== "latest") {
     throw new RangeError(`Cannot start at "${start}": it must be earliest or latest`);
   }
@@ -381,6 +386,16 @@ export function kafkaSource(client: KafkaSourceClient, options: KafkaSourceOptio
       opened = undefined;
       throw error;
     });
+
+  /** What a broker that is away has said passes. */
+  async function passing<T>(answer: Promise<T>): Promise<T> {
+    try {
+      return await answer;
+    } catch (error) {
+      if (error instanceof EffectError) throw error;
+      throw new EffectError("busy", `${name} could not be reached: ${(error as Error).message}`, { cause: error });
+    }
+  }
 
   /** Whether there are other partitions than those that were shared out. */
   async function hasGrown(found: Opened): Promise<boolean> {
@@ -468,20 +483,23 @@ export function kafkaSource(client: KafkaSourceClient, options: KafkaSourceOptio
     let taken = 0;
     /** Offsets of what went to the dead-letter topic. */
     const parked = new Set<number>();
+    let shownUpTo: number | undefined;
     let accepted = false;
 
     const diverged = (why: string) =>
       new EffectError("diverged", `Partition ${partition} of ${name} is not what it was: ${why}`);
 
     /** Where to go on behind a place, if it is still there. */
-    async function behind({ offset, stamp }: Place): Promise<number> {
+    async function behind({ offset, stamp }: Place, n: number): Promise<number> {
       const [first, end] = [await connection.start(topic, partition), await connection.end(topic, partition)];
       if (end <= offset) {
         if (accepted) return first;
         throw diverged(`it ends at ${end}, and record ${offset} was taken. Was the topic made anew?`);
       }
-      if (first > offset + 1 && !accepted) {
-        throw diverged(`records ${offset + 1} to ${first - 1} were deleted before they were taken`);
+      // What is behind the record may be none: the end of a transaction, for one, which the group has seen.
+      const looked = kept && note?.n === n ? Math.max(kept.offset, offset + 1) : offset + 1;
+      if (first > looked && !accepted) {
+        throw diverged(`records ${looked} to ${first - 1} were deleted before they were taken`);
       }
       const { records } = (await connection.fetch(topic, new Map([[partition, offset]]), WAIT_MS)).get(partition) ??
         { records: [] };
@@ -497,8 +515,14 @@ export function kafkaSource(client: KafkaSourceClient, options: KafkaSourceOptio
     async function beginning(): Promise<number> {
       const [first, end] = [await connection.start(topic, partition), await connection.end(topic, partition)];
       // That of an ordinary consumer, or one that was chosen before: not that of a sink which has lost it.
-      if (kept && (!note || note.n === 0)) return Math.min(Math.max(kept.offset, first), end);
-      const chosen = start === "latest" ? end : first;
+      if (kept && (!note || note.n === 0)) {
+        if (kept.offset > end && !accepted) throw diverged(`it ends at ${end}, and the group is at ${kept.offset}`);
+        return Math.min(Math.max(kept.offset, first), end);
+      }
+      // A partition that was added later is read from its beginning.
+      const places = Array.from({ length: count }, (_, other) => connection.kept(group, topic, other));
+      const isNew = (await Promise.all(places)).every((place) => place === undefined);
+      const chosen = start === "latest" && isNew ? end : first;
       dirty.set(partition, { offset: chosen, note: JSON.stringify({ effectonce: { n: 0 } }) });
       if (start === "latest") await keep(); // What comes from now on is not to be missed.
       return chosen;
@@ -507,7 +531,7 @@ export function kafkaSource(client: KafkaSourceClient, options: KafkaSourceOptio
       sealed.length = 0;
       taken = 0;
       const place = placeIn(cursor);
-      reader.begin(place ? await behind(place) : await beginning());
+      reader.begin(place ? await behind(place, cursor.n) : await beginning());
       base = cursor;
       readAhead();
     }
@@ -542,6 +566,12 @@ export function kafkaSource(client: KafkaSourceClient, options: KafkaSourceOptio
       check();
       return yet();
     }
+    /** All that was read is taken: what comes behind the last record is none. */
+    function seen(n: number, place?: Place): void {
+      if (reader.records.length > 0 || sealed.length > 0 || reader.next <= (shownUpTo ?? -1)) return;
+      shownUpTo = reader.next;
+      dirty.set(partition, { offset: reader.next, note: JSON.stringify({ effectonce: { n, ...place && { place } } }) });
+    }
     /** Fixes the next batch. */
     async function seal({ rows, bytes }: ReadLimits): Promise<{ readonly batch?: Batch; readonly waitMs: number | null }> {
       if (await lacks(taken)) return { waitMs: 0 };
@@ -560,7 +590,10 @@ export function kafkaSource(client: KafkaSourceClient, options: KafkaSourceOptio
         if (i > taken && size > bytes) break;
         if (!parked.has(record.offset)) messages.push(toMessage(topic, partition, record));
       }
-      if (i === taken) return { waitMs };
+      if (i === taken) {
+        seen(base!.n);
+        return { waitMs };
+      }
       const prev = sealed.at(-1) ?? base!;
       const { offset, stamp } = await placeOf(reader.records[i - 1]!);
       const place: Position["rows"] = [[String(offset), stamp]];
@@ -573,9 +606,10 @@ export function kafkaSource(client: KafkaSourceClient, options: KafkaSourceOptio
 
     // By claims: the group keeps the place behind which all is done.
     const done = new Set<number>();
+    let lastPlace: Place | undefined = note?.place;
     async function beginByGroup(): Promise<void> {
       if (reader.next >= 0) return;
-      reader.begin(note?.place ? await behind(note.place) : kept && note ? kept.offset : await beginning());
+      reader.begin(note?.place ? await behind(note.place, 0) : kept && note ? kept.offset : await beginning());
       readAhead();
     }
     async function settle(offsets: readonly number[]): Promise<void> {
@@ -589,7 +623,7 @@ export function kafkaSource(client: KafkaSourceClient, options: KafkaSourceOptio
       if (!last) return;
       reader.drop(count); // Before anything is waited for: others settle at the same time.
       readAhead();
-      const place = await placeOf(last);
+      const place = lastPlace = await placeOf(last);
       if (place.offset < (dirty.get(partition)?.offset ?? 0)) return;
       dirty.set(partition, { offset: place.offset + 1, note: JSON.stringify({ effectonce: { n: 0, place } }) });
     }
@@ -600,8 +634,9 @@ export function kafkaSource(client: KafkaSourceClient, options: KafkaSourceOptio
       inherited: true,
       exclusive: true,
       async read({ rows, bytes }) {
-        await beginByGroup();
+        await passing(beginByGroup());
         if (await lacks(0)) return { messages: [], waitMs: 0 };
+        if (lastPlace) seen(0, lastPlace);
         const messages: Message[] = [];
         const held = new Set<string>();
         let [size, waitMs] = [0, null as number | null];
@@ -692,7 +727,7 @@ export function kafkaSource(client: KafkaSourceClient, options: KafkaSourceOptio
     shard: (partition) => ({
       name: `${name}, partition ${partition}`,
       seals: true,
-      open: (options) => openPartition(partition, options),
+      open: (options) => passing(openPartition(partition, options)),
     }),
     async assign(relay, _, leaseMs, running) {
       try {
@@ -706,13 +741,13 @@ export function kafkaSource(client: KafkaSourceClient, options: KafkaSourceOptio
           // The others wait for it.
           if (running.length > 0) return [];
         }
+        await keep();
+        dirty.clear(); // What could not be kept is another member's by now.
         assigned = await member.join();
         over = false;
-        for (const partition of dirty.keys()) if (!assigned.includes(partition)) dirty.delete(partition);
         return assigned;
       } catch (error) {
-        if (error instanceof EffectError) throw error;
-        throw new EffectError("busy", `${name} could not be reached: ${(error as Error).message}`, { cause: error });
+        return await passing(Promise.reject(error));
       }
     },
     async leave() {
@@ -722,7 +757,7 @@ export function kafkaSource(client: KafkaSourceClient, options: KafkaSourceOptio
       assigned = undefined;
     },
     // Each partition that is drained is at the end that it had; what others have is theirs.
-    left: () => Promise.resolve(false),
+    left: () => Promise.resolve(assigned === undefined || over),
     async [Symbol.asyncDispose]() {
       const last = await opened?.catch(() => undefined);
       opened = undefined;

@@ -237,11 +237,16 @@ const FORBIDDEN = [
   "TRANSACTIONAL_ID_AUTHORIZATION_FAILED",
   "CLUSTER_AUTHORIZATION_FAILED",
   "TOPIC_AUTHORIZATION_FAILED",
+  "GROUP_AUTHORIZATION_FAILED",
+  "INVALID_SESSION_TIMEOUT",
+  "INVALID_GROUP_ID",
   "SASL_AUTHENTICATION_FAILED",
   "UNSUPPORTED_SASL_MECHANISM",
   "ILLEGAL_SASL_STATE",
 ];
 const TOO_LARGE = ["MESSAGE_TOO_LARGE", "RECORD_LIST_TOO_LARGE"];
+const unknownPartition = (topic: string): Error =>
+  Object.assign(new Error(`Kafka knows no such partition of topic ${topic} yet`), { type: "UNKNOWN_TOPIC_OR_PARTITION" });
 /** What a broker that is not the leader, or has too few followers, has not taken. */
 const NOT_TAKEN = ["UNKNOWN_TOPIC_OR_PARTITION", "LEADER_NOT_AVAILABLE", "NOT_LEADER_OR_FOLLOWER", "NOT_ENOUGH_REPLICAS"];
 /** What a coordinator has not done, and will do if it is asked again, or if the right one is asked. */
@@ -857,12 +862,15 @@ async function openConnection(kafka: KafkajsKafka): Promise<KafkaSourceConnectio
       await cluster.addTargetTopic(topic);
       if (again) await cluster.refreshMetadata();
       const [found] = await cluster.fetchTopicsOffset([{ topic, partitions: [{ partition }], ...at }]);
-      return Number(found!.partitions[0]!.offset);
+      if (!found?.partitions[0]) throw unknownPartition(topic);
+      return Number(found.partitions[0].offset);
     });
   }
   /** One request for each leader. */
   async function fetch(topic: string, from: ReadonlyMap<number, number>, waitMs: number): Promise<FetchedPartition[]> {
     const leaders = Object.entries(cluster.findLeaderForPartitions(topic, [...from.keys()]));
+    // One that was added since it has looked, kafkajs leaves out without a word.
+    if (leaders.flatMap(([, numbers]) => numbers).length < from.size) throw unknownPartition(topic);
     const answers = await Promise.all(leaders.map(async ([nodeId, numbers]) => {
       const broker = await cluster.findBroker({ nodeId });
       const partitions = numbers.map((partition) => ({

@@ -70,6 +70,7 @@ export async function relayShards(options: ShardsOptions): Promise<RelayReport> 
   const running = new Map<number, { readonly stop: AbortController; readonly ended: Promise<void> }>();
   const drained = new Set<number>();
   let failure: { readonly error: unknown } | undefined;
+  let refusals = 0;
   let bell = new AbortController();
   const over = () => signal?.aborted || failure !== undefined;
 
@@ -96,9 +97,12 @@ export async function relayShards(options: ShardsOptions): Promise<RelayReport> 
       let mine: readonly number[] = [];
       try {
         mine = over() ? [] : await from.assign(name, member, leaseMs, [...running.keys()]);
+        refusals = 0;
       } catch (error) {
         if (!(error instanceof EffectError && error.code === "busy")) throw error;
-        mine = [...running.keys()]; // The database is away for a moment: as before.
+        if (drain && ++refusals > (options.attempts ?? 10)) throw error;
+        options.observe?.({ type: "failed", relay: name, reason: error.message, afterMs: 1_000 });
+        mine = [...running.keys()]; // The source is away for a moment: as before.
       }
       for (const [shard, { stop }] of running) if (!mine.includes(shard)) stop.abort();
       for (const shard of mine) {

@@ -58,7 +58,11 @@ export async function openDatabaseSink(flags: Flags): Promise<{ readonly sink: A
     await database.store.list({ limit: 1 });
     const table = read.parameters.get("table");
     const found = given ?? intoTable(read.scheme, { table: table!, ...modeOf(label, read) });
-    const { handle, ...options } = found;
+    // A table that is not there is no message's fault.
+    const { learn } = found as Partial<ReturnType<typeof intoTable>>;
+    if (learn) await database.store.transaction((_, client) => learn(client));
+    const { handle, key, all, batch } = found;
+    const options = { ...key && { key }, ...all && { all }, ...batch !== undefined && { batch } };
     const sink = handler(database.store, handle, options);
     return {
       sink: { ...sink, name: given ? `${flags.text("handler")} on ${database.name}` : `${database.name}, table ${table}` },
@@ -138,8 +142,14 @@ function runOn(scheme: string, client: unknown): Run {
     };
   }
   if (scheme === "sqlite") {
-    const { prepare } = client as { prepare(sql: string): { all(...values: readonly unknown[]): never[] } };
-    return (sql, values) => Promise.resolve(prepare.call(client, sql).all(...values));
+    type Statement = { all(...values: readonly unknown[]): never[]; run(...values: readonly unknown[]): unknown };
+    const { prepare } = client as { prepare(sql: string): Statement };
+    return (sql, values) => {
+      const statement = prepare.call(client, sql);
+      if (sql.startsWith("select")) return Promise.resolve(statement.all(...values));
+      statement.run(...values); // better-sqlite3 has no rows of what answers none.
+      return Promise.resolve([]);
+    };
   }
   const { query } = client as { query(options: { sql: string; values: readonly unknown[] }): Promise<readonly [never[]]> };
   return async (sql, values) => (await query.call(client, { sql, values }))[0];
@@ -154,8 +164,17 @@ const COLUMNS: Readonly<Record<string, string>> = {
   sqlite: `select name, pk > 0 as is_key from pragma_table_info(?)`,
 };
 
+/** A number that has more digits than a number here keeps goes on as its text. */
+function exactly(_key: string, value: unknown, context?: { readonly source?: string }): unknown {
+  const source = context?.source;
+  return typeof value === "number" && source !== undefined && source.replace(/\D/g, "").length > 15 ? source : value;
+}
+
 /** Puts the fields of a JSON object into the columns of a table. */
-function intoTable(scheme: string, { table, upsert, ignoresUnknown }: IntoTable): AnyHandler {
+function intoTable(
+  scheme: string,
+  { table, upsert, ignoresUnknown }: IntoTable,
+): AnyHandler & { learn(client: unknown): Promise<void> } {
   const kind = scheme.startsWith("postgres") ? "postgres" : scheme === "mariadb" ? "mysql" : scheme;
   const quote = (name: string) => kind === "mysql" ? `\`${name.replaceAll("`", "``")}\`` : `"${name.replaceAll('"', '""')}"`;
   let columns: readonly Column[] | undefined;
@@ -174,19 +193,20 @@ function intoTable(scheme: string, { table, upsert, ignoresUnknown }: IntoTable)
   function fieldsOf(message: Message): Readonly<Record<string, Json>> {
     let value: Json;
     try {
-      value = message.json();
+      value = JSON.parse(message.text(), exactly);
     } catch {
       throw rejected("its value is no JSON");
     }
     if (typeof value !== "object" || value === null || Array.isArray(value)) throw rejected("its value is no JSON object");
     return value as Readonly<Record<string, Json>>;
   }
-  const bound = (value: Json): unknown =>
-    typeof value === "object" && value !== null
-      ? JSON.stringify(value)
-      : typeof value === "boolean" && kind === "sqlite"
-      ? Number(value)
-      : value;
+  function bound(value: Json): unknown {
+    if (typeof value === "object" && value !== null) return JSON.stringify(value);
+    if (kind !== "sqlite") return value;
+    // It takes numbers for floating ones, but for integers of 64 bits.
+    if (typeof value === "boolean" || Number.isSafeInteger(value)) return BigInt(value as number);
+    return value;
+  }
   /** The columns that a message has a field for, and their values; in the order of the table's. */
   function rowOf(message: Message): { readonly used: readonly Column[]; readonly values: readonly unknown[] } {
     const fields = fieldsOf(message);
@@ -203,6 +223,9 @@ function intoTable(scheme: string, { table, upsert, ignoresUnknown }: IntoTable)
   };
   return {
     batch: 500,
+    async learn(client) {
+      columns = await learn(runOn(scheme, client));
+    },
     async handle(message, _, client) {
       const run = runOn(scheme, client);
       columns ??= await learn(run);

@@ -161,6 +161,9 @@ export function readKafkaFrom(label: string, url: string): KafkaFrom {
   if (topic === undefined) throw new UsageError(`${label}: it names no topic to read: write ${example}`);
   if (group === "") throw new UsageError(`${label}: it names no consumer group: write ${example}`);
   const start = choice(label, read, "start", ["earliest", "latest"]);
+  if (read.parameters.get("dead-letter") === topic) {
+    throw new UsageError(`${label}: the dead-letter topic is the one that is read: name another`);
+  }
   return { name, brokers, client, topic, group, start, deadLetter: read.parameters.get("dead-letter") || undefined };
 }
 

@@ -353,6 +353,38 @@ Deno.test("partitions that are added under way are found, and read from their be
   assertEquals(texts().map(Number).toSorted((a, b) => a - b), Array.from({ length: 40 }, (_, i) => i));
 });
 
+Deno.test("a relay that drains, and cannot reach a broker, ends with an error", async () => {
+  const client = kafkajs(new Kafka({ brokers: ["127.0.0.1:1"], logLevel: logLevel.NOTHING, retry: { retries: 0 } }));
+  await using from = kafkaSource(client, { topic: "none" });
+  const { to } = ledger();
+  const error = await assertRejects(
+    () => relayShards({ ...QUICK, name: "g", from, to, drain: true, attempts: 1 }),
+    EffectError,
+  );
+  assertEquals(error.code, "busy");
+});
+
+Deno.test("a partition whose end is no record, and was deleted, is no other one", async () => {
+  const topic = await makeTopic(BROKERS);
+  const { to, texts } = ledger();
+  const name = freshName("group");
+  const connection = await clientOf().open();
+  const transactions = await connection.begin(freshName("tx"), 60_000);
+  await transactions.send([{ topic, partition: 0, key: null, value: utf8.encode("1"), headers: [] }]);
+  await transactions.commit();
+  await connection.close();
+  await until(async () => (await readTopic(BROKERS, topic)).length === 1);
+  await drained(topic, { name, to });
+  const admin = kafkaOf(BROKERS).admin();
+  await admin.connect();
+  await admin.fetchTopicOffsets(topic);
+  await admin.deleteTopicRecords({ topic, partitions: [{ partition: 0, offset: "2" }] });
+  await admin.disconnect();
+  await produce(topic, [{ value: "2" }]);
+  await drained(topic, { name, to });
+  assertEquals(texts(), ["1", "2"]);
+});
+
 Deno.test("what is no place to read from is said in a sentence", async () => {
   const to = memorySink();
   const missing = freshName("missing");
