@@ -37,7 +37,7 @@ import {
   rejected,
   type Runtime,
 } from "../mod.ts";
-import { checkAdvance } from "./shared.ts";
+import { checkAdvance, sha256 } from "./shared.ts";
 
 // ----------------------------------------------------------------------------------------------------------------- client
 
@@ -501,11 +501,6 @@ interface Mark extends PositionOwner {
 }
 
 const decoder = new TextDecoder();
-
-async function sha256(text: string): Promise<string> {
-  const digest = new Uint8Array(await crypto.subtle.digest("SHA-256", encoder.encode(text)));
-  return Array.from(digest, (byte) => byte.toString(16).padStart(2, "0")).join("");
-}
 
 /** A part of a topic's name: as it is, or a digest where topics have no such names. */
 async function nameable(text: string): Promise<string> {

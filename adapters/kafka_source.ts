@@ -44,7 +44,7 @@ import {
   START,
 } from "../mod.ts";
 import { type KafkaConnection, type KafkaPartition, partitionOf } from "./kafka.ts";
-import { chainText } from "./shared.ts";
+import { chainText, sha256 } from "./shared.ts";
 import type { SharedSource } from "./shards.ts";
 
 // ----------------------------------------------------------------------------------------------------------------- client
@@ -148,7 +148,7 @@ export interface KafkaSourceOptions {
   readonly id?: (message: KafkaMessage) => string;
   /**
    * A topic for records that were refused for good, or too often: with their own headers, and `effectonce-topic`, `-partition`,
-   * `-offset`, `-group`, `-error` and `-attempts`. At least once: one that was set aside just before a crash may come twice.
+   * `-offset`, `-group`, `-error` and, with a sink that keeps the position, `-attempts`. At least once: one that was set aside just before a crash may come twice.
    *
    * @default {undefined} A sink that keeps the position ends the relay with such a record; of one with claims the store tells.
    */
@@ -170,13 +170,6 @@ export interface KafkaMessage extends Message {
 
 const utf8 = new TextDecoder();
 const strict = new TextDecoder("utf-8", { fatal: true });
-const encoder = new TextEncoder();
-
-const hex = (bytes: Uint8Array): string => Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
-
-async function sha256(bytes: Uint8Array<ArrayBuffer>): Promise<string> {
-  return hex(new Uint8Array(await crypto.subtle.digest("SHA-256", bytes)));
-}
 
 function textOf(key: Uint8Array): string {
   try {
@@ -432,6 +425,11 @@ export function kafkaSource(client: KafkaSourceClient, options: KafkaSourceOptio
     }
   }
 
+  /** Has the group keep a place, before long. */
+  function note(partition: number, offset: number, kept: Note): void {
+    dirty.set(partition, { offset, note: JSON.stringify({ effectonce: kept }) });
+  }
+
   /** Puts a record into the dead-letter topic. */
   async function bury(group: string, { message, reason, attempts }: Park): Promise<void> {
     const { connection } = await connected();
@@ -473,7 +471,7 @@ export function kafkaSource(client: KafkaSourceClient, options: KafkaSourceOptio
     const target = await connection.end(topic, partition);
     const group = options.group ?? relay;
     const kept = await connection.kept(group, topic, partition);
-    const note = kept && parseNote(kept.note);
+    const noted = kept && parseNote(kept.note);
     const waiting = new Map<number, number>();
     const of = `${cluster}/${topic}`;
     /** The last batch that the sink has, as far as is known. */
@@ -497,7 +495,7 @@ export function kafkaSource(client: KafkaSourceClient, options: KafkaSourceOptio
         throw diverged(`it ends at ${end}, and record ${offset} was taken. Was the topic made anew?`);
       }
       // What is behind the record may be none: the end of a transaction, for one, which the group has seen.
-      const looked = kept && note?.n === n ? Math.max(kept.offset, offset + 1) : offset + 1;
+      const looked = kept && noted?.n === n ? Math.max(kept.offset, offset + 1) : offset + 1;
       if (first > looked && !accepted) {
         throw diverged(`records ${looked} to ${first - 1} were deleted before they were taken`);
       }
@@ -515,7 +513,7 @@ export function kafkaSource(client: KafkaSourceClient, options: KafkaSourceOptio
     async function beginning(): Promise<number> {
       const [first, end] = [await connection.start(topic, partition), await connection.end(topic, partition)];
       // That of an ordinary consumer, or one that was chosen before: not that of a sink which has lost it.
-      if (kept && (!note || note.n === 0)) {
+      if (kept && (!noted || noted.n === 0)) {
         if (kept.offset > end && !accepted) throw diverged(`it ends at ${end}, and the group is at ${kept.offset}`);
         return Math.min(Math.max(kept.offset, first), end);
       }
@@ -523,7 +521,7 @@ export function kafkaSource(client: KafkaSourceClient, options: KafkaSourceOptio
       const places = Array.from({ length: count }, (_, other) => connection.kept(group, topic, other));
       const isNew = (await Promise.all(places)).every((place) => place === undefined);
       const chosen = start === "latest" && isNew ? end : first;
-      dirty.set(partition, { offset: chosen, note: JSON.stringify({ effectonce: { n: 0 } }) });
+      note(partition, chosen, { n: 0 });
       if (start === "latest") await keep(); // What comes from now on is not to be missed.
       return chosen;
     }
@@ -547,7 +545,8 @@ export function kafkaSource(client: KafkaSourceClient, options: KafkaSourceOptio
       const count = past < 0 ? reader.records.length : past;
       reader.drop(count);
       taken -= count;
-      dirty.set(partition, { offset: offset + 1, note: JSON.stringify({ effectonce: { n: cursor.n } }) });
+      note(partition, offset + 1, { n: cursor.n });
+      for (const known of [parked, waiting]) for (const past of known.keys()) if (past <= offset) known.delete(past);
       readAhead();
     }
     function check(): void {
@@ -570,7 +569,7 @@ export function kafkaSource(client: KafkaSourceClient, options: KafkaSourceOptio
     function seen(n: number, place?: Place): void {
       if (reader.records.length > 0 || sealed.length > 0 || reader.next <= (shownUpTo ?? -1)) return;
       shownUpTo = reader.next;
-      dirty.set(partition, { offset: reader.next, note: JSON.stringify({ effectonce: { n, ...place && { place } } }) });
+      note(partition, reader.next, { n, ...place && { place } });
     }
     /** Fixes the next batch. */
     async function seal({ rows, bytes }: ReadLimits): Promise<{ readonly batch?: Batch; readonly waitMs: number | null }> {
@@ -597,7 +596,7 @@ export function kafkaSource(client: KafkaSourceClient, options: KafkaSourceOptio
       const prev = sealed.at(-1) ?? base!;
       const { offset, stamp } = await placeOf(reader.records[i - 1]!);
       const place: Position["rows"] = [[String(offset), stamp]];
-      const uid = await sha256(encoder.encode(chainText(prev.uid, place)));
+      const uid = await sha256(chainText(prev.uid, place));
       const batch = { n: prev.n + 1, uid, prev: prev.uid, rows: place, messages };
       taken = i;
       return { batch, waitMs };
@@ -606,10 +605,10 @@ export function kafkaSource(client: KafkaSourceClient, options: KafkaSourceOptio
 
     // By claims: the group keeps the place behind which all is done.
     const done = new Set<number>();
-    let lastPlace: Place | undefined = note?.place;
+    let lastPlace: Place | undefined = noted?.place;
     async function beginByGroup(): Promise<void> {
       if (reader.next >= 0) return;
-      reader.begin(note?.place ? await behind(note.place, 0) : kept && note ? kept.offset : await beginning());
+      reader.begin(noted?.place ? await behind(noted.place, 0) : kept && noted ? kept.offset : await beginning());
       readAhead();
     }
     async function settle(offsets: readonly number[]): Promise<void> {
@@ -625,7 +624,7 @@ export function kafkaSource(client: KafkaSourceClient, options: KafkaSourceOptio
       readAhead();
       const place = lastPlace = await placeOf(last);
       if (place.offset < (dirty.get(partition)?.offset ?? 0)) return;
-      dirty.set(partition, { offset: place.offset + 1, note: JSON.stringify({ effectonce: { n: 0, place } }) });
+      note(partition, place.offset + 1, { n: 0, place });
     }
 
     return {
@@ -671,7 +670,7 @@ export function kafkaSource(client: KafkaSourceClient, options: KafkaSourceOptio
       // deno-lint-ignore require-await -- what throws here must reject
       async settled() {
         if (!assigned?.includes(partition)) throw lost();
-        return original ? note?.n ?? 0 : 0;
+        return original ? noted?.n ?? 0 : 0;
       },
       async seal(ring, limits) {
         check();

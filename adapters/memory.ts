@@ -59,16 +59,12 @@ import {
   renamePlan,
   settledShard,
   settlePlan,
+  sha256,
   type Shard,
   type TransactionGuard,
 } from "./shared.ts";
 
 const encoder = new TextEncoder();
-
-async function sha256(text: string): Promise<string> {
-  const digest = new Uint8Array(await crypto.subtle.digest("SHA-256", encoder.encode(text)));
-  return Array.from(digest, (byte) => byte.toString(16).padStart(2, "0")).join("");
-}
 
 interface MemoryRow extends MessageFields {
   readonly seq: number;

@@ -75,6 +75,13 @@ export function createPrune(rows: PruneRows): EffectRows["prune"] {
 
 // ---------------------------------------------------------------------------------------------------------------- batches
 
+/** The SHA-256, in hex, of bytes or of a text's UTF-8. */
+export async function sha256(of: string | Uint8Array<ArrayBuffer>): Promise<string> {
+  const bytes = typeof of === "string" ? new TextEncoder().encode(of) : of;
+  const digest = new Uint8Array(await crypto.subtle.digest("SHA-256", bytes));
+  return Array.from(digest, (byte) => byte.toString(16).padStart(2, "0")).join("");
+}
+
 /** The text whose SHA-256, in hex, is a batch's uid. */
 export function chainText(prev: string, rows: Position["rows"]): string {
   return prev + JSON.stringify(rows);
@@ -265,8 +272,7 @@ export interface Renamed {
 
 /** Under which name of the table of versions and identity it is kept that a relay was renamed. */
 export async function renamedName(relay: string): Promise<string> {
-  const digest = new Uint8Array(await crypto.subtle.digest("SHA-256", new TextEncoder().encode(relay)));
-  return `renamed:${Array.from(digest.subarray(0, 16), (byte) => byte.toString(16).padStart(2, "0")).join("")}`;
+  return `renamed:${(await sha256(relay)).slice(0, 32)}`;
 }
 
 /**

@@ -52,6 +52,7 @@ import {
   renamePlan,
   settledShard,
   settlePlan,
+  sha256,
   type Shard,
   type TransactionGuard,
 } from "./shared.ts";
@@ -1832,10 +1833,4 @@ export function sqlOutbox(unchecked: SqlServer<never>, options: SqlOutboxOptions
         return rows.length;
       }),
   };
-}
-
-const encoder = new TextEncoder();
-async function sha256(text: string): Promise<string> {
-  const digest = new Uint8Array(await crypto.subtle.digest("SHA-256", encoder.encode(text)));
-  return Array.from(digest, (byte) => byte.toString(16).padStart(2, "0")).join("");
 }
