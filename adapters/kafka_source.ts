@@ -608,7 +608,9 @@ export function kafkaSource(client: KafkaSourceClient, options: KafkaSourceOptio
     let lastPlace: Place | undefined = noted?.place;
     async function beginByGroup(): Promise<void> {
       if (reader.next >= 0) return;
-      reader.begin(noted?.place ? await behind(noted.place, 0) : kept && noted ? kept.offset : await beginning());
+      // All before the group's offset is done; the place tells whether it is still the same topic.
+      const verified = noted?.place && await behind(noted.place, 0);
+      reader.begin(kept && noted ? Math.max(verified ?? 0, kept.offset) : await beginning());
       readAhead();
     }
     async function settle(offsets: readonly number[]): Promise<void> {
@@ -622,9 +624,10 @@ export function kafkaSource(client: KafkaSourceClient, options: KafkaSourceOptio
       if (!last) return;
       reader.drop(count); // Before anything is waited for: others settle at the same time.
       readAhead();
-      const place = lastPlace = await placeOf(last);
-      if (place.offset < (dirty.get(partition)?.offset ?? 0)) return;
-      note(partition, place.offset + 1, { n: 0, place });
+      const place = await placeOf(last);
+      if (lastPlace && place.offset < lastPlace.offset) return; // One that settled later was quicker.
+      lastPlace = place;
+      note(partition, Math.max(place.offset + 1, dirty.get(partition)?.offset ?? 0), { n: 0, place });
     }
 
     return {
