@@ -45,6 +45,7 @@ interface Cluster {
   getNodeIds(): readonly unknown[];
   findTopicPartitionMetadata(topic: string): readonly { readonly replicas: readonly number[] }[];
   readonly brokerPool: {
+    readonly connectionPoolBuilder: { build(to?: unknown): Promise<{ readonly pool: readonly Connection[] }> };
     readonly metadata: { readonly clusterId?: string | null } | null;
     readonly versions: Readonly<Record<number, { readonly maxVersion: number }>> | null;
   };
@@ -61,6 +62,15 @@ interface Cluster {
       )
     )[],
   ): Promise<readonly { readonly partitions: readonly { readonly offset: string }[] }[]>;
+}
+
+interface Connection {
+  isConnected(): boolean;
+  connect(): Promise<unknown>;
+  /** What has come of an answer, and how much of it is needed to go on. */
+  chunks: readonly Buffer[];
+  bytesBuffered: number;
+  bytesNeeded: number;
 }
 
 interface Broker {
@@ -184,10 +194,35 @@ function clusterOf(kafka: KafkajsKafka): Cluster {
       return { name: "unused", version: 0 };
     }],
   });
-  if (!found) {
+  if (!found?.brokerPool?.connectionPoolBuilder) {
     throw new TypeError("Cannot use this Kafka client: it is not kafkajs 2, whose assigners are given the cluster");
   }
+  beginAnew(found.brokerPool.connectionPoolBuilder);
   return found;
+}
+
+/** How many bytes tell how long an answer is. */
+const LENGTH_OF_ANSWER = 4;
+
+/**
+ * Has connections forget what they were in the middle of. kafkajs keeps what has come of an answer when the connection breaks, and
+ * takes what comes over the next one for the rest of it, from where it never finds back: https://github.com/tulios/kafkajs/issues/715
+ */
+function beginAnew(builder: Cluster["brokerPool"]["connectionPoolBuilder"]): void {
+  const { build } = builder;
+  builder.build = async (to) => {
+    const made = await build(to);
+    for (const connection of made.pool) {
+      const { connect } = connection;
+      connection.connect = () => {
+        if (!connection.isConnected()) {
+          Object.assign(connection, { chunks: [], bytesBuffered: 0, bytesNeeded: LENGTH_OF_ANSWER });
+        }
+        return connect.call(connection);
+      };
+    }
+    return made;
+  };
 }
 
 // ----------------------------------------------------------------------------------------------------------------- errors

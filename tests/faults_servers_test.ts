@@ -26,16 +26,9 @@ import {
 } from "./crash_servers_child.ts";
 import { fileSink } from "../adapters/file.ts";
 import { database } from "./services/mod.ts";
-import { type Direction, type Proxy, startProxy } from "./services/proxy.ts";
-import {
-  type Kind,
-  type Server,
-  startMariadb,
-  startMysql,
-  startPgbouncer,
-  startPostgres,
-  tool,
-} from "./services/servers.ts";
+import { type Breaking, breaking, COMMIT } from "./services/breaking.ts";
+import { type Kind, startPgbouncer, tool } from "./services/servers.ts";
+import { databaseOn, START } from "./servers/own.ts";
 import { testDatabase } from "./servers/servers.ts";
 
 const LONG = Deno.env.get("EFFECTONCE_LONG") === "1";
@@ -53,58 +46,6 @@ function onEach(name: string, run: (db: Opened) => Promise<void>, kinds: readonl
 }
 
 // ------------------------------------------------------------------------------------------------------- connections break
-
-/** A way to a database that breaks where it is told to. */
-interface Breaking extends AsyncDisposable {
-  readonly proxy: Proxy;
-  readonly url: string;
-  /**
-   * Breaks at the n-th message in a direction from now on, or at the first that has a text in it; `away`: and cannot be made
-   * again until the proxy is told so.
-   */
-  arm(direction: Direction, at: number | RegExp, away?: boolean): void;
-  /** Whether it has broken since; disarms it. */
-  broke(): boolean;
-}
-
-const decoder = new TextDecoder();
-/** The message that is a COMMIT, in either protocol; not one that has "autocommit" in it. */
-const COMMIT = /(^|\W)commit\0?$/;
-function breaking(url: string): Breaking {
-  const { hostname, port } = new URL(url);
-  let armed: { readonly direction: Direction; readonly at: number | RegExp; readonly away: boolean } | undefined;
-  let [messages, broken] = [0, false];
-  // The answer to a message that fits, once the server has given it.
-  let answer = false;
-  const proxy: Proxy = startProxy({ hostname, port: Number(port) }, {
-    observe(direction, bytes) {
-      if (!armed || broken) return "pass";
-      if (typeof armed.at === "number") {
-        broken = direction === armed.direction && ++messages === armed.at;
-      } else if (direction === "toServer") {
-        answer = armed.at.test(decoder.decode(bytes));
-        broken = answer && armed.direction === "toServer";
-      } else {
-        broken = answer;
-      }
-      if (broken && armed.away) proxy.refuse(true);
-      return broken ? "cut" : "pass";
-    },
-  });
-  return {
-    proxy,
-    url: proxy.url(url),
-    arm(direction, at, away = false) {
-      armed = { direction, at, away };
-      [messages, broken, answer] = [0, false, false];
-    },
-    broke() {
-      armed = undefined;
-      return broken;
-    },
-    [Symbol.asyncDispose]: () => proxy[Symbol.asyncDispose](),
-  };
-}
 
 /**
  * Runs it again and again, each time with the connection broken one message later, until it ends before that. `step`: so many
@@ -366,21 +307,6 @@ for (const [what, ends] of Object.entries(relays)) {
 }
 
 // ------------------------------------------------------------------------------------------------------- servers go down
-
-const START: Readonly<Record<Kind, () => Promise<Server>>> = {
-  postgres: startPostgres,
-  mariadb: startMariadb,
-  mysql: startMysql,
-};
-
-/** A database on a server of a test's own. */
-async function databaseOn(kind: Kind, server: Server): Promise<{ readonly url: string } & AsyncDisposable> {
-  await using operator = connect(kind, server.url);
-  await operator.sql("create database app");
-  const url = new URL(server.url);
-  url.pathname = "/app";
-  return { url: url.href, async [Symbol.asyncDispose]() {} }; // It goes with its server.
-}
 
 /** A relay that runs on until it is told to stop, and what it tells. */
 function start(options: Omit<RelayOptions, "signal">) {
@@ -659,7 +585,7 @@ async function runTool(kind: Kind, name: string, url: string, options: readonly 
     await writer.close();
   })();
   const [{ success, stdout, stderr }] = await Promise.all([child.output(), writing]);
-  assert(success, `${name} failed: ${decoder.decode(stderr)}`);
+  assert(success, `${name} failed: ${new TextDecoder().decode(stderr)}`);
   return stdout;
 }
 

@@ -6,62 +6,20 @@ import { assert, assertEquals } from "@std/assert";
 import { Kafka, logLevel } from "kafkajs";
 import { type Message, relay, type RelayEvent, type RelayOptions } from "@effectonce/effectonce";
 import { kafkaSink, type KafkaSinkOptions, readKafkaCursor } from "@effectonce/effectonce/kafka";
-import { kafkajs } from "@effectonce/effectonce/kafkajs";
 import { memoryOutbox, type MemoryStore, memoryStore } from "@effectonce/effectonce/memory";
 import { until as untilWithin } from "./cli_run.ts";
+import { clientOf, proxied } from "./kafka/proxied.ts";
 import { freshName, makeTopic, readTopic } from "./kafka/topics.ts";
-import { type Cluster, type ClusterOptions, startKafka } from "./services/kafka.ts";
-import { type Direction, type Proxy, startProxy, type Verdict } from "./services/proxy.ts";
+import { type Cluster, startKafka } from "./services/kafka.ts";
 
 /** Brokers take their time to come back, on a machine that has other tests to run. */
 const until = (condition: () => boolean | Promise<boolean>) => untilWithin(condition, 120_000);
 const LONG = Deno.env.get("EFFECTONCE_LONG") === "1";
 
-/** A client whose requests are given up soon, so that a test need not wait for half a minute. */
-const clientOf = (brokers: string, requestTimeout = 1_000) =>
-  kafkajs(
-    new Kafka({
-      ...{ brokers: brokers.split(","), logLevel: logLevel.NOTHING, requestTimeout, connectionTimeout: 1_000 },
-      retry: { initialRetryTime: 50, retries: 3 },
-    }),
-  );
-
 /** The protocol's numbers of requests. https://kafka.apache.org/protocol#protocol_api_keys */
 const PRODUCE = 0;
 const METADATA = 3;
 const END_TXN = 26;
-
-/** Which request a chunk begins with. */
-const requestOf = (bytes: Uint8Array): number | undefined =>
-  bytes.length >= 8 ? new DataView(bytes.buffer, bytes.byteOffset).getInt16(4) : undefined;
-
-type Observe = (direction: Direction, request: number | undefined, connection: number, bytes: Uint8Array) => Verdict;
-
-/** A broker, and a proxy in front of it that clients are sent to. */
-async function proxied(options: ClusterOptions = {}) {
-  let observe: Observe = () => "pass";
-  let proxy: Proxy | undefined;
-  const cluster = await startKafka({
-    ...options,
-    advertised(_, address) {
-      const port = Number(address.split(":")[1]);
-      proxy = startProxy({ hostname: "127.0.0.1", port }, {
-        observe: (direction, bytes, connection) => observe(direction, requestOf(bytes), connection, bytes),
-      });
-      return `127.0.0.1:${proxy.port}`;
-    },
-  });
-  return {
-    brokers: `127.0.0.1:${proxy!.port}`,
-    proxy: proxy!,
-    watch: (next: Observe) => observe = next,
-    async [Symbol.asyncDispose]() {
-      observe = () => "pass";
-      await proxy![Symbol.asyncDispose]();
-      await cluster[Symbol.asyncDispose]();
-    },
-  };
-}
 
 const QUICK = { minRetryMs: 1, maxRetryMs: 50, pollMs: 5, leaseMs: 300 } as const;
 

@@ -221,49 +221,6 @@ Deno.test("a function makes of each record one, several or none, into topics tha
   assertEquals((await readTopic(BROKERS, dead)).map(({ headers }) => headers["effectonce-error"]), ["not that one"]);
 });
 
-Deno.test("relays into a database that are killed again and again: each record once (acceptance 20)", async () => {
-  await using db = await testDatabase("postgres");
-  await using at = await emptyBox();
-  await at.ok(["init", "--store", db.url]);
-  await db.sql("create table payments (id bigint not null, total bigint not null)");
-  const topic = await makeTopic(BROKERS, { partitions: 4 });
-  const line = [
-    "relay",
-    "--from",
-    from(topic, freshName("billing")),
-    "--to",
-    `${db.url}?table=payments`,
-    "--batch",
-    "20",
-    ...QUICK,
-  ];
-  let sent = 0;
-  let over = false;
-  const sending = (async () => {
-    while (!over || sent < 2_000) {
-      await produce(topic, ...payments(sent, sent += 50));
-      await new Promise((resolve) => setTimeout(resolve, 100));
-    }
-  })();
-  sending.catch(() => {});
-  const count = async () => Number((await db.sql(SUM))[0]!["n"]);
-  const running = [at.start(line), at.start(line)];
-  for (let n = 0; n < 6; n++) {
-    const before = await count();
-    await until(async () => await count() > before, 60_000);
-    const victim = running.shift()!;
-    victim.kill("SIGKILL");
-    assertEquals((await victim.ended()).signal, "SIGKILL");
-    running.push(at.start(line));
-  }
-  over = true;
-  await sending;
-  await until(async () => await count() >= sent, 60_000);
-  for (const one of running) assertEquals((await one.stop()).code, 0);
-  const rows = await db.sql("select id from payments order by id");
-  assertEquals(rows.map(({ id }) => Number(id)), payments(0, sent).map(({ id }) => id));
-});
-
 Deno.test("what does not go together is a sentence that names the flags", async () => {
   await using at = await emptyBox();
   const relay = (kafka: string, to: string, ...more: string[]) => at.run(["relay", "--from", kafka, "--to", to, ...more]);
