@@ -1678,7 +1678,13 @@ export interface MessageEvent {
 }
 
 /** What a relay's observer hears: a public contract. New types may come; the present ones stay. */
-export type RelayEvent =
+export type RelayEvent = RelayHappening & {
+  /** Of which shard or partition it is told, where a source has several. */
+  readonly shard?: number;
+};
+
+/** What an event tells. */
+export type RelayHappening =
   | { readonly type: "started"; readonly relay: string; readonly from: string; readonly to: string } & {
     readonly guarantee: Guarantee;
   }
@@ -2121,15 +2127,18 @@ async function deliverClaimed(
           lanes.set(key, lane);
         }
       } catch (error) {
-        if (!o.passes(error, o.pollMs)) failure ??= { error };
+        const asks = isCode(error, "diverged") && o.acceptSource !== undefined;
+        if (asks && inHand.size === 0 && await o.acceptSource!(reasonOf(error))) {
+          await source.adopt([]);
+          o.emit({ type: "accepted", relay, n: 0, reason: reasonOf(error) });
+          stale = true;
+        } else if (!(asks && inHand.size > 0) && !o.passes(error, o.pollMs)) failure ??= { error };
       }
-      if (inHand.size === 0 && active === 0 && readable && !stale) {
-        if (o.drain && waitMs === null) break;
-        if (!idle) o.emit({ type: "idle", relay });
-        idle = true;
-      } else {
-        idle = false;
-      }
+      const rests = inHand.size === 0 && active === 0 && readable && !stale;
+      if (rests && o.drain && waitMs === null) break;
+      // A source that is to be asked again at once may have more.
+      if (rests && !idle && waitMs !== 0) o.emit({ type: "idle", relay });
+      idle = rests && waitMs !== 0;
     }
     const now = runtime.now();
     let wakeAt = stale ? now : reads ? now + Math.min(o.pollMs, waitMs ?? o.pollMs) : Infinity;
@@ -2239,8 +2248,8 @@ async function deliverSealed(o: Settings, source: SourceSession, sink: AtomicSin
           }
         } else {
           if (o.drain && sealed.waitMs === null) return;
-          if (!idle) o.emit({ type: "idle", relay });
-          idle = true;
+          if (!idle && sealed.waitMs !== 0) o.emit({ type: "idle", relay });
+          idle = sealed.waitMs !== 0;
           fencedSince = undefined;
           await (source.wait ?? runtime.sleep)(Math.min(o.pollMs, sealed.waitMs ?? o.pollMs), o.signal);
         }

@@ -95,6 +95,8 @@ export interface KafkaConnection {
   setting(topic: string, name: string): Promise<string | undefined>;
   /** Creates a topic, or finds it created meanwhile. */
   create(topic: string, options: TopicOptions): Promise<void>;
+  /** Gives a topic more partitions, or finds them there meanwhile. */
+  grow(topic: string, partitions: number): Promise<void>;
   /**
    * Reads committed records of a partition from an offset on, or from the first that there is behind it. Where there are none it
    * waits a moment. `next`: where to read on.
@@ -633,17 +635,12 @@ async function prepareCursor(
     };
     await connection.create(topic, { partitions: count, copies: all, settings });
   }
-  const there = await connection.partitions(topic);
-  if (there < count) {
-    throw unusable(
-      topic,
-      `it has ${there} partition${there === 1 ? "" : "s"}, and the outbox has ${count} shards. Add some`,
-    );
-  }
   const policy = await connection.setting(topic, "cleanup.policy");
   if (policy !== undefined && policy !== "compact") {
     throw unusable(topic, `its cleanup.policy is "${policy}", which would delete it in time. Set it to "compact"`);
   }
+  // A topic that is read may have been given more partitions.
+  if (await connection.partitions(topic) < count) await connection.grow(topic, count);
   const { records } = await connection.read(topic, partition, 0);
   ownRecords(topic, owner, records);
 }

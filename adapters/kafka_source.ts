@@ -83,8 +83,11 @@ export interface GroupOffset {
 
 /** A member of a consumer group, which shares the partitions of a topic out over its members. */
 export interface KafkaMember {
-  /** Joins, or joins anew: waits for the others, and answers which partitions are this member's. */
-  join(): Promise<readonly number[]>;
+  /**
+   * Joins, or joins anew: waits for the others, and answers which partitions are this member's. None, and it is a member no more, if
+   * the signal fires meanwhile.
+   */
+  join(signal?: AbortSignal): Promise<readonly number[]>;
   /** Says that it is alive. False if it has to join anew. */
   beat(): Promise<boolean>;
   /** Keeps places, by partition. False, and nothing is kept, if it has to join anew. */
@@ -249,6 +252,8 @@ function parseNote(note: string): Note | undefined {
 const READY_BYTES = 2_097_152;
 /** How long the number of partitions is taken for true, in milliseconds. */
 const METADATA_MS = 60_000;
+/** How long brokers may be without a leader for a record that is set aside, in milliseconds. */
+const BURY_MS = 30_000;
 /** How long a broker may wait for records. */
 const WAIT_MS = 250;
 
@@ -430,8 +435,13 @@ export function kafkaSource(client: KafkaSourceClient, options: KafkaSourceOptio
     dirty.set(partition, { offset, note: JSON.stringify({ effectonce: kept }) });
   }
 
-  /** Puts a record into the dead-letter topic. */
-  async function bury(group: string, { message, reason, attempts }: Park): Promise<void> {
+  /** Who writes into the dead-letter topic. */
+  let producer: ReturnType<KafkaSourceConnection["begin"]> | undefined;
+  let burying: Promise<void> = Promise.resolve();
+  /** Puts a record into the dead-letter topic: one after the other, as their sequence numbers have it. */
+  const bury = (group: string, park: Park): Promise<void> =>
+    burying = burying.catch(() => {}).then(() => buryNow(group, park));
+  async function buryNow(group: string, { message, reason, attempts }: Park): Promise<void> {
     const { connection } = await connected();
     const count = await connection.partitions(deadLetter!);
     if (count === 0) {
@@ -448,21 +458,28 @@ export function kafkaSource(client: KafkaSourceClient, options: KafkaSourceOptio
         ...Object.entries(origin).map(([name, value]) => [`effectonce-${name}`, String(value)] as const),
       ],
     };
-    const { tooLarge } = await (await connection.begin(null, 30_000)).send([record]);
-    if (tooLarge.length > 0) {
-      throw new Error(`The dead-letter topic "${deadLetter}" does not take record ${offset}: it is too large`);
+    producer ??= connection.begin(null, BURY_MS);
+    try {
+      const { tooLarge } = await (await producer).send([record]);
+      if (tooLarge.length === 0) return;
+    } catch (error) {
+      producer = undefined;
+      throw error;
     }
+    throw new Error(`The dead-letter topic "${deadLetter}" does not take record ${offset}: it is too large`);
   }
 
-  /** Lets the group keep places, for monitors and for those who have no other. */
-  async function keep(): Promise<void> {
+  /** Lets the group keep places, for monitors and for those who have no other: one after the other, so that it does not go back. */
+  const keep = (): Promise<void> => keeping = keeping.catch(() => {}).then(keepNow);
+  let keeping: Promise<void> = Promise.resolve();
+  async function keepNow(): Promise<void> {
     if (dirty.size === 0 || !member || !assigned) return;
     const kept = new Map(dirty);
     if (!await member.commit(kept)) return;
     for (const [partition, place] of kept) if (dirty.get(partition) === place) dirty.delete(partition);
   }
 
-  async function openPartition(partition: number, { relay, original }: SourceOptions): Promise<SourceSession> {
+  async function openPartition(partition: number, { relay, protocol, original }: SourceOptions): Promise<SourceSession> {
     const { connection, count, cluster } = await connected();
     const lost = () => new EffectError("fenced", `Partition ${partition} of ${name} is another member's now`);
     const reader = new Reader();
@@ -507,7 +524,7 @@ export function kafkaSource(client: KafkaSourceClient, options: KafkaSourceOptio
         if (accepted) return first;
         throw diverged(`its record ${offset} is another one than that which was taken. Was the topic made anew?`);
       }
-      return Math.max(first, offset + 1);
+      return Math.max(first, looked);
     }
     /** Where to begin without a place in the sink. */
     async function beginning(): Promise<number> {
@@ -609,8 +626,7 @@ export function kafkaSource(client: KafkaSourceClient, options: KafkaSourceOptio
     async function beginByGroup(): Promise<void> {
       if (reader.next >= 0) return;
       // All before the group's offset is done; the place tells whether it is still the same topic.
-      const verified = noted?.place && await behind(noted.place, 0);
-      reader.begin(kept && noted ? Math.max(verified ?? 0, kept.offset) : await beginning());
+      reader.begin(noted?.place ? await behind(noted.place, 0) : await beginning());
       readAhead();
     }
     async function settle(offsets: readonly number[]): Promise<void> {
@@ -707,7 +723,14 @@ export function kafkaSource(client: KafkaSourceClient, options: KafkaSourceOptio
       },
       async adopt(ring) {
         accepted = true;
-        await begin(ring.at(-1) ?? START);
+        if (protocol === "sealed") return await begin(ring.at(-1) ?? START);
+        // Claims know what was done of what is still there.
+        lastPlace = undefined;
+        done.clear();
+        waiting.clear();
+        dirty.delete(partition);
+        reader.begin(await connection.start(topic, partition));
+        readAhead();
       },
       async wait(ms, signal) {
         const over = new AbortController();
@@ -731,7 +754,7 @@ export function kafkaSource(client: KafkaSourceClient, options: KafkaSourceOptio
       seals: true,
       open: (options) => passing(openPartition(partition, options)),
     }),
-    async assign(relay, _, leaseMs, running) {
+    async assign(relay, _, leaseMs, running, signal) {
       try {
         const found = await connected();
         member ??= found.connection.member(options.group ?? relay, topic, Math.max(leaseMs, 6_000));
@@ -745,7 +768,7 @@ export function kafkaSource(client: KafkaSourceClient, options: KafkaSourceOptio
         }
         await keep();
         dirty.clear(); // What could not be kept is another member's by now.
-        assigned = await member.join();
+        assigned = await member.join(signal);
         over = false;
         return assigned;
       } catch (error) {

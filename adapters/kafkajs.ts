@@ -115,6 +115,10 @@ interface Broker {
     }[];
   }>;
   createTopics(options: { topics: readonly unknown[]; timeout: number }): Promise<unknown>;
+  createPartitions(options: {
+    topicPartitions: readonly { topic: string; count: number }[];
+    timeout: number;
+  }): Promise<unknown>;
   describeConfigs(options: { resources: readonly unknown[] }): Promise<{
     readonly resources: readonly {
       readonly configEntries: readonly { readonly configName: string; readonly configValue: string }[];
@@ -783,7 +787,13 @@ function assigned(bytes: Buffer): readonly number[] {
 /** What says that a member has to join anew. */
 const OUTSIDE = ["REBALANCE_IN_PROGRESS", "UNKNOWN_MEMBER_ID", "ILLEGAL_GENERATION", "FENCED_INSTANCE_ID"];
 
-function openMember(cluster: Cluster, groupId: string, topic: string, sessionMs: number): KafkaMember {
+function openMember(
+  kafka: KafkajsKafka,
+  cluster: Cluster,
+  groupId: string,
+  topic: string,
+  sessionMs: number,
+): KafkaMember {
   let me = { groupId, generationId: -1, memberId: "" };
   const named = ({ groupId, generationId, memberId }: Membership) => ({
     groupId,
@@ -811,10 +821,24 @@ function openMember(cluster: Cluster, groupId: string, topic: string, sessionMs:
       return { memberId, memberAssignment: assignment(topic, mine) };
     });
   }
+  /** While the coordinator waits for others before it answers a join: of a connection brokers answer one request after the other. */
+  async function leaveAside(): Promise<void> {
+    if (me.memberId === "") return; // Not known yet: the join is to be waited for.
+    const other = clusterOf(kafka);
+    try {
+      await other.connect();
+      await atCoordinator(other, groupId, (broker) => broker.leaveGroup(me));
+    } finally {
+      await other.disconnect();
+    }
+  }
   return {
-    async join() {
+    async join(signal) {
       for (;;) {
+        if (signal?.aborted) return [];
         let answer: Buffer | undefined;
+        const quit = () => void leaveAside().catch(() => {}); // It is given up after a while.
+        signal?.addEventListener("abort", quit);
         const done = await inside(async (broker) => {
           const { generationId, memberId, leaderId, members } = await broker.joinGroup({
             ...{ groupId, memberId: me.memberId, sessionTimeout: sessionMs, rebalanceTimeout: sessionMs },
@@ -823,7 +847,7 @@ function openMember(cluster: Cluster, groupId: string, topic: string, sessionMs:
           me = { groupId, generationId, memberId };
           const groupAssignment = memberId === leaderId ? await share(members.map(({ memberId }) => memberId)) : [];
           answer = (await broker.syncGroup({ ...me, groupAssignment })).memberAssignment;
-        });
+        }).finally(() => signal?.removeEventListener("abort", quit));
         if (done) return assigned(answer!);
       }
     },
@@ -854,6 +878,8 @@ const VERSIONS: readonly (readonly [kafka: string, api: number, version: number]
 ];
 
 const READ_COMMITTED = 1;
+/** How long it may take that a topic is created or grows, in milliseconds. */
+const ADMIN_MS = 10_000;
 const FETCH_BYTES = 4_194_304;
 /** ConfigResource.Type of the protocol. */
 const TOPIC_RESOURCE = 2;
@@ -900,6 +926,31 @@ async function openConnection(kafka: KafkajsKafka): Promise<KafkaSourceConnectio
       if (!found?.partitions[0]) throw unknownPartition(topic);
       return Number(found.partitions[0].offset);
     });
+  }
+  /** Has the controller change something, unless it is as it is to be. */
+  async function atController(there: string, run: (broker: Broker) => Promise<unknown>): Promise<void> {
+    try {
+      await load();
+      await patiently(ADMIN_MS, ["NOT_CONTROLLER"], async (again) => {
+        if (again) await cluster.refreshMetadata();
+        await run(await cluster.findControllerBroker());
+      });
+    } catch (error) {
+      if (!isOneOf(error, [there])) throw explained(error);
+    }
+  }
+  /** Waits until brokers have heard of what was changed. */
+  async function untilThereAre(count: number, topic: string): Promise<void> {
+    const deadline = performance.now() + ADMIN_MS;
+    for (let tries = 0;; tries++) {
+      const there = await partitions(topic);
+      if (there >= count) return;
+      if (performance.now() > deadline) {
+        throw new Error(`Topic "${topic}" has ${count} partitions now, and no broker has heard of it yet`);
+      }
+      await pause(Math.min(100, 5 * 1.5 ** tries));
+      if (there > 0) await cluster.refreshMetadata();
+    }
   }
   /** One request for each leader. */
   async function fetch(topic: string, from: ReadonlyMap<number, number>, waitMs: number): Promise<FetchedPartition[]> {
@@ -993,28 +1044,20 @@ async function openConnection(kafka: KafkajsKafka): Promise<KafkaSourceConnectio
     async create(topic, { partitions: numPartitions = -1, copies = -1, settings = {} }: TopicOptions) {
       const configEntries = Object.entries(settings).map(([name, value]) => ({ name, value }));
       const topics = [{ topic, numPartitions, replicationFactor: copies, configEntries }];
-      try {
-        await load();
-        await patiently(10_000, ["NOT_CONTROLLER"], async (again) => {
-          if (again) await cluster.refreshMetadata();
-          const broker = await cluster.findControllerBroker();
-          await broker.createTopics({ topics, timeout: 10_000 });
-        });
-      } catch (error) {
-        if (!isOneOf(error, ["TOPIC_ALREADY_EXISTS"])) throw explained(error);
-      }
-      const deadline = performance.now() + 10_000;
-      for (let tries = 0; await partitions(topic) === 0; tries++) {
-        if (performance.now() > deadline) throw new Error(`Topic "${topic}" was created, but no broker has heard of it yet`);
-        await pause(Math.min(100, 5 * 1.5 ** tries));
-      }
+      await atController("TOPIC_ALREADY_EXISTS", (broker) => broker.createTopics({ topics, timeout: ADMIN_MS }));
+      await untilThereAre(1, topic);
+    },
+    async grow(topic, count) {
+      const topicPartitions = [{ topic, count }];
+      await atController("INVALID_PARTITIONS", (broker) => broker.createPartitions({ topicPartitions, timeout: ADMIN_MS }));
+      await untilThereAre(count, topic);
     },
     async clusterId() {
       await load();
       return cluster.brokerPool.metadata?.clusterId ?? "";
     },
     fetch: fetchAll,
-    member: (group, topic, sessionMs) => openMember(cluster, group, topic, sessionMs),
+    member: (group, topic, sessionMs) => openMember(kafka, cluster, group, topic, sessionMs),
     async kept(groupId, topic, partition) {
       const topics = [{ topic, partitions: [{ partition }] }];
       const [found] = (await atCoordinator(cluster, groupId, (broker) => broker.offsetFetch({ groupId, topics }))).responses;

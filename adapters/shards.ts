@@ -39,9 +39,16 @@ export interface SharedSource {
    * that it holds, is not to run any more, and does not run any more.
    *
    * @param running Those that it still runs.
+   * @param signal Fires when the member is to stop: what would take a while need not be waited for any longer.
    * @throws {EffectError} `busy` if that cannot be said at the moment: it goes on with those that it runs.
    */
-  assign(relay: string, member: string, leaseMs: number, running: readonly number[]): Promise<readonly number[]>;
+  assign(
+    relay: string,
+    member: string,
+    leaseMs: number,
+    running: readonly number[],
+    signal?: AbortSignal,
+  ): Promise<readonly number[]>;
   /** The member has stopped: its shards are free. */
   leave(relay: string, member: string): Promise<void>;
   /** Whether there is something left that can be delivered, in whichever shard. */
@@ -72,31 +79,43 @@ export async function relayShards(options: ShardsOptions): Promise<RelayReport> 
   let failure: { readonly error: unknown } | undefined;
   let refusals = 0;
   let bell = new AbortController();
+  const end = new AbortController();
   const over = () => signal?.aborted || failure !== undefined;
 
   async function run(shard: number, stop: AbortController): Promise<void> {
     try {
-      const part = await relay({ ...options, from: from.shard(shard, member), signal: stop.signal });
+      const { observe } = options;
+      const part = await relay({
+        ...options,
+        from: from.shard(shard, member),
+        signal: stop.signal,
+        ...observe && { observe: (event) => observe.call(options, { ...event, shard }) },
+      });
       for (const what of ["delivered", "parked", "uncertain"] as const) report[what] += part[what];
       if (drain && !stop.signal.aborted) drained.add(shard);
     } catch (error) {
       // Who was too slow has lost its shard to another one.
       const lost = error instanceof Error && "code" in error && error.code === "fenced";
-      if (!lost) failure ??= { error };
+      if (lost) return;
+      failure ??= { error };
+      end.abort();
     } finally {
       running.delete(shard);
       bell.abort();
     }
   }
 
-  const ring = () => bell.abort();
+  const ring = () => {
+    end.abort();
+    bell.abort();
+  };
   signal?.addEventListener("abort", ring);
   try {
     for (;;) {
       bell = new AbortController();
       let mine: readonly number[] = [];
       try {
-        mine = over() ? [] : await from.assign(name, member, leaseMs, [...running.keys()]);
+        mine = over() ? [] : await from.assign(name, member, leaseMs, [...running.keys()], end.signal);
         refusals = 0;
       } catch (error) {
         if (!(error instanceof EffectError && error.code === "busy")) throw error;

@@ -3,15 +3,17 @@
  *
  * @module
  */
-import type { AtomicSink, CallSink, ClaimStore, Outbox, Source } from "../mod.ts";
+import { type AtomicSink, type CallSink, type ClaimStore, type Outbox, rejected, type Source } from "../mod.ts";
+import type { Transform, Transformed } from "../adapters/kafka.ts";
 import { kafkaLag, type KafkaMessage, type KafkaSource, kafkaSource } from "../adapters/kafka_source.ts";
 import type { Database } from "./database.ts";
-import { reason, UsageError } from "./errors.ts";
+import { pageOf, reason, UsageError } from "./errors.ts";
 import type { Flags } from "./flags.ts";
 import { checkDatabaseSink, isDatabase, loadTransform, openDatabaseSink } from "./handlers.ts";
-import { openKafkaSink, permitKafka, readKafka, readKafkaFrom } from "./kafka.ts";
+import { type KafkaUrl, openKafkaSink, permitKafka, readKafka, readKafkaFrom } from "./kafka.ts";
 import { shellUrl } from "./mask.ts";
 import { openDatabase, openSink } from "./open.ts";
+import type { Advice } from "./show.ts";
 import { parts } from "./url.ts";
 
 /** A relay whose flags make sense together; nothing is open yet. */
@@ -99,6 +101,24 @@ function keyOf(flags: Flags): ((message: KafkaMessage) => string) | undefined {
   };
 }
 
+const isSameCluster = (a: Pick<KafkaUrl, "brokers">, b: Pick<KafkaUrl, "brokers">): boolean =>
+  a.brokers.some((broker) => b.brokers.includes(broker));
+
+/** A function of the user's, which must not write what it will be given again. */
+async function loadOnward(flags: Flags): Promise<Transform> {
+  const transform = await loadTransform(flags.label("handler"), flags.text("handler")!);
+  if (!isFromKafka(flags)) return transform;
+  const from = readKafkaFrom(flags.label("from"), flags.url("from")!);
+  const to = readKafka(flags.label("to"), flags.url("to")!);
+  if (to.topic !== undefined || !isSameCluster(from, to)) return transform;
+  return async (message) => {
+    const made = await transform(message);
+    const all: readonly Transformed[] = made === null ? [] : "value" in made ? [made] : made;
+    if (all.every(({ topic = message.topic }) => topic !== from.topic)) return made;
+    throw rejected(`what is made of it goes into ${from.topic}, the topic that is read: the relay would go round and round`);
+  };
+}
+
 /** A relay from Kafka into Kafka must not read what it has written. */
 function checkThrough(flags: Flags): void {
   const label = flags.label("to");
@@ -106,9 +126,11 @@ function checkThrough(flags: Flags): void {
   if (to.topic === undefined && !flags.has("handler")) {
     throw new UsageError(`${label}: it names no topic to write to: write kafka://host:9092/topic, or give --handler FILE`);
   }
-  if (to.topic !== from.topic || !to.brokers.some((broker) => from.brokers.includes(broker))) return;
+  if (to.topic !== from.topic || !isSameCluster(from, to)) return;
   throw new UsageError(`${label}: it is the topic that is read: the relay would go round and round`);
 }
+
+const FIND_OUT = "find out what became of them";
 
 /** Where a relay's messages and claims are, open. */
 export interface Ends {
@@ -122,15 +144,14 @@ export interface Ends {
   readonly store: ClaimStore | undefined;
   /** The database of its outbox, and that of its claims if it is another one. */
   readonly databases: readonly Database[];
-  /** The flags with which `effects` finds them, without secrets. */
-  readonly advice: string;
+  /** What a person does about messages that are set aside. */
+  readonly advice: Advice;
 }
 
 /** Opens the target of a relay, if that is yet to be done, and has it closed at the end. */
 export async function openTarget({ flags, target }: Plan, closing: AsyncDisposableStack): Promise<AtomicSink | CallSink> {
   if (target && parts(flags.label("to"), flags.url("to")!).scheme === "kafka" && flags.has("handler")) {
-    const transform = await loadTransform(flags.label("handler"), flags.text("handler")!);
-    return openKafkaSink(flags.label("to"), flags.url("to")!, flags.on("create-topics"), transform);
+    return openKafkaSink(flags.label("to"), flags.url("to")!, flags.on("create-topics"), await loadOnward(flags));
   }
   if (target) return target;
   const { sink, database } = await openDatabaseSink(flags);
@@ -155,17 +176,26 @@ export async function openEnds(flags: Flags, closing: AsyncDisposableStack, mayB
   };
   if (isFromKafka(flags)) {
     const store = flags.has("store") ? await open("store") : undefined;
+    const { deadLetter } = readKafkaFrom(flags.label("from"), flags.url("from")!);
+    const list = `effects list --store ${shellUrl(flags.text("store") ?? "")} --state`;
     return {
       ...openTopic(flags, closing),
       store: store?.store,
       databases,
-      advice: store ? `--store ${shellUrl(flags.text("store")!)}` : "",
+      advice: {
+        parked: `see why: ${
+          store ? `${list} rejected` : `they are in topic ${deadLetter}, with the reason in their headers`
+        }`,
+        uncertain: `${FIND_OUT}: ${list} uncertain (see ${pageOf("uncertain")})`,
+      },
     };
   }
   const from = await open("from");
   const apart = flags.has("store") && flags.url("store") !== flags.url("from");
   const store = apart ? await open("store") : from;
   const shown = shellUrl(flags.text("from")!);
+  const where = apart ? `--store ${shellUrl(flags.text("store")!)} --from ${shown}` : `--store ${shown}`;
+  const list = `effects list ${where} --state`;
   const outbox = from.outbox({ topics: flags.names("topics"), keep: flags.on("keep") });
   return {
     source: outbox,
@@ -173,7 +203,10 @@ export async function openEnds(flags: Flags, closing: AsyncDisposableStack, mayB
     topic: undefined,
     store: store.store,
     databases,
-    advice: apart ? `--store ${shellUrl(flags.text("store")!)} --from ${shown}` : `--store ${shown}`,
+    advice: {
+      parked: `see why, then effects retry or discard them: ${list} parked (see ${pageOf("parked")})`,
+      uncertain: `${FIND_OUT}: ${list} uncertain (see ${pageOf("uncertain")})`,
+    },
   };
 }
 

@@ -216,6 +216,15 @@ function intoTable(
     if (used.length === 0) throw rejected(`none of its fields is a column of ${table}`);
     return { used, values: used.map(({ name }) => bound(fields[name]!)) };
   }
+  /** The same, where the table may have got columns meanwhile. */
+  async function newRowOf(run: Run, message: Message): Promise<ReturnType<typeof rowOf>> {
+    try {
+      return rowOf(message);
+    } catch {
+      columns = await learn(run);
+      return rowOf(message);
+    }
+  }
   const insert = (run: Run, used: readonly Column[], rows: readonly (readonly unknown[])[]) => {
     const row = `(${used.map(() => "?").join(", ")})`;
     const into = `insert into ${quote(table)} (${used.map(({ name }) => quote(name)).join(", ")})`;
@@ -229,8 +238,13 @@ function intoTable(
     async handle(message, _, client) {
       const run = runOn(scheme, client);
       columns ??= await learn(run);
-      const { used, values } = rowOf(message);
-      await insert(run, used, [values]);
+      try {
+        const { used, values } = await newRowOf(run, message);
+        await insert(run, used, [values]);
+      } catch (error) {
+        columns = undefined; // The table may have changed.
+        throw error;
+      }
     },
     async all(messages, _, client) {
       const run = runOn(scheme, client);

@@ -49,11 +49,21 @@ function tellAddress(url: string, json: boolean): void {
 
 type Opened = Plan & Ends & { readonly sink: AtomicSink | CallSink };
 
+/** Hears of a relay: `whole` as of one, whatever its parts are; `part` of each. */
+interface Hearers {
+  whole(event: RelayEvent): void;
+  part(event: RelayEvent): void;
+}
+
 function runOne(
   { name, flags, outbox, topic, sink, store }: Opened,
   signal: AbortSignal,
-  observe: (event: RelayEvent) => void,
+  hearers: Hearers,
 ): Promise<RelayReport> {
+  const observe = (event: RelayEvent) => {
+    hearers.part(event);
+    hearers.whole(event);
+  };
   const allowDuplicates = flags.on("allow-duplicates");
   const options: Omit<RelayOptions, "from"> = {
     name,
@@ -76,9 +86,9 @@ function runOne(
       ? (reason) => confirmed(flags, `${reason} What was delivered and is in the outbox again will be delivered again`)
       : undefined,
   };
-  if (topic) return relayShared({ ...options, from: topic }, observe);
+  if (topic) return relayShared({ ...options, from: topic }, hearers);
   return isSharded(outbox!)
-    ? runShards({ ...options, from: outbox }, outbox, observe)
+    ? runShards({ ...options, from: outbox }, outbox, hearers)
     : relay({ ...options, from: outbox! });
 }
 
@@ -88,9 +98,9 @@ const isSharded = (outbox: Outbox): outbox is ShardedOutbox => "shards" in outbo
 async function runShards(
   options: RelayOptions,
   from: ShardedOutbox,
-  observe: (event: RelayEvent) => void,
+  hearers: Hearers,
 ): Promise<RelayReport> {
-  const { name = "default", drain, signal } = options;
+  const { name = "default", drain, signal, observe } = options;
   let count: number | undefined;
   while (count === undefined) {
     try {
@@ -98,7 +108,7 @@ async function runShards(
     } catch (error) {
       // As `relay` waits for a database that is away.
       if (drain || signal?.aborted || codeOf(error) !== "busy") throw error;
-      observe({ type: "failed", relay: name, reason: reason(error), afterMs: 0 });
+      observe?.({ type: "failed", relay: name, reason: reason(error), afterMs: 0 });
     }
   }
   // A sink that lets in whoever comes last is one relay's at a time: the others stand by.
@@ -108,11 +118,11 @@ async function runShards(
     const how = "set it to 1 by init --shards 1, or relay into kafka: or into a target that is called";
     throw new Error(`${options.to.name} takes one shard of an outbox, and ${from.name} has ${count}: ${how}`);
   }
-  return await relayShared({ ...options, from }, observe);
+  return await relayShared({ ...options, from }, hearers);
 }
 
 /** Runs a source that is shared out, and tells of its parts as of one relay. */
-async function relayShared(options: ShardsOptions, observe: (event: RelayEvent) => void): Promise<RelayReport> {
+async function relayShared(options: ShardsOptions, { whole, part }: Hearers): Promise<RelayReport> {
   const { name = "default" } = options;
   let started = false;
   const told = { delivered: 0, parked: 0, uncertain: 0 };
@@ -121,9 +131,14 @@ async function relayShared(options: ShardsOptions, observe: (event: RelayEvent) 
     const report = await relayShards({
       ...options,
       observe(event) {
+        part(event);
         if (event.type === "stopped") {
           for (const what of ["delivered", "parked", "uncertain"] as const) told[what] += event[what];
-        } else if (event.type !== "started" || !started) observe(event);
+        } else if (event.type !== "started") whole(event);
+        else if (!started) {
+          const { shard: _, ...all } = event;
+          whole({ ...all, from: options.from.name });
+        }
         started ||= event.type === "started";
       },
     });
@@ -131,18 +146,22 @@ async function relayShared(options: ShardsOptions, observe: (event: RelayEvent) 
     return report;
   } finally {
     // All shards may have been others'.
-    if (started || !failed) observe({ type: "stopped", relay: name, ...told });
+    if (started || !failed) {
+      const stopped = { type: "stopped", relay: name, ...told } as const;
+      part(stopped);
+      whole(stopped);
+    }
   }
 }
 
 /** A person says that a store that was restored, or copied, knows all that was done. */
-async function accept(flags: Flags, { databases, sink }: Opened): Promise<void> {
-  if (databases.length === 0) return; // A topic is asked about when it is known what differs.
+async function accept(flags: Flags, { databases, sink, topic }: Opened): Promise<void> {
+  if (databases.length === 0) return;
   // Of the one that the relay's work is known by: the claims, or with a sink that has a position the outbox.
   const store = sink.kind === "atomic" ? databases[0]! : databases.at(-1)!;
-  // A sink with a position is asked about when it is known what differs.
+  // A topic, and a sink with a position, are asked about when it is known what differs.
   if (store.accept) await store.accept();
-  else if (sink.kind === "atomic") return;
+  else if (sink.kind === "atomic" || topic) return;
   // A variable holds for all relays of a process, whatever their databases are.
   else if (flags.layer.get("accept-source")?.source === "flag") {
     throw new UsageError(`${flags.label("accept-source")} is for postgres:, mysql: and mariadb: databases`);
@@ -198,10 +217,12 @@ async function runRelays(command: Flags): Promise<number> {
     let started = false;
     try {
       return await blaming(opened, one.name, () =>
-        runOne(one, stop.signal, (event) => {
-          started ||= event.type === "started";
-          one.watch.event(event);
-          show.event(event);
+        runOne(one, stop.signal, {
+          part: (event) => one.watch.event(event),
+          whole(event) {
+            started ||= event.type === "started";
+            show.event(event);
+          },
         }));
     } catch (error) {
       // Told to stop while it still waited for its database: there is nothing to finish.

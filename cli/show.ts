@@ -4,7 +4,6 @@
  * @module
  */
 import type { Outbox, RelayEvent } from "../mod.ts";
-import { pageOf } from "./errors.ts";
 
 /** A relay that is shown. */
 export interface ShownRelay {
@@ -12,8 +11,16 @@ export interface ShownRelay {
   readonly name: string;
   /** Asked for what is pending. */
   readonly source: Pick<Outbox, "status">;
-  /** The flags with which `effects` finds what is parked or in doubt. */
-  readonly advice: string;
+  /** What a person does about messages that are set aside. */
+  readonly advice: Advice;
+}
+
+/** What a person does about messages that are set aside, as sentences. */
+export interface Advice {
+  /** About those that were refused, or failed too often. */
+  readonly parked: string;
+  /** About those in doubt. */
+  readonly uncertain: string;
 }
 
 /** How to show relays. */
@@ -109,16 +116,12 @@ export function showRelays({ relays, json, messagesOnStdout, drain, gone }: Show
         line(`accepted: goes on behind batch ${event.n}`);
         break;
       case "stopped": {
-        const find = `effects list ${relays.find(({ name }) => name === event.relay)!.advice} --state`;
+        const { advice } = relays.find(({ name }) => name === event.relay)!;
         line(
           `stopped: ${event.delivered} delivered, ${event.parked} parked meanwhile, ${event.uncertain} in doubt meanwhile`,
         );
-        if (event.uncertain > 0) {
-          line(`find out what became of them: ${find} uncertain (see ${pageOf("uncertain")})`);
-        }
-        if (event.parked > 0) {
-          line(`see why, then effects retry or discard them: ${find} parked (see ${pageOf("parked")})`);
-        }
+        if (event.uncertain > 0) line(advice.uncertain);
+        if (event.parked > 0) line(advice.parked);
         break;
       }
     }

@@ -18,7 +18,10 @@ export class Watch {
   /** The relay's name. */
   readonly name: string;
   readonly #metrics: Metrics;
+  readonly #readyMs: number;
   readonly #progress: Progress;
+  /** Of the shards that it has at the moment. */
+  readonly #shards: Map<number, Progress> = new Map();
   #ends: Watchable | undefined;
   #gauges: Promise<Gauges | undefined> = Promise.resolve(undefined);
   #freshUntil = 0;
@@ -27,6 +30,7 @@ export class Watch {
   constructor(name: string, readyMs: number) {
     this.name = name;
     this.#metrics = new Metrics(name);
+    this.#readyMs = readyMs;
     this.#progress = new Progress(readyMs);
   }
 
@@ -38,13 +42,23 @@ export class Watch {
   /** Hears of what the relay does. */
   event(event: RelayEvent): void {
     this.#metrics.event(event);
-    this.#progress.event(event);
+    const { shard, type } = event;
+    if (shard === undefined) return this.#progress.event(event);
+    const progress = this.#shards.get(shard) ?? new Progress(this.#readyMs);
+    progress.event(event);
+    // It may be another relay's now.
+    if (type === "stopped") this.#shards.delete(shard);
+    else this.#shards.set(shard, progress);
   }
 
   /** Why the relay is not ready, as a sentence; undefined if it is. */
   complaint(): string | undefined {
-    const complaint = this.#progress.complaint();
-    return complaint === undefined ? undefined : `relay "${this.name}" ${complaint}`;
+    const shards = this.#shards.size > 0 ? [...this.#shards] : [[undefined, this.#progress] as const];
+    for (const [shard, progress] of shards) {
+      const complaint = progress.complaint();
+      if (complaint === undefined) continue;
+      return `relay "${this.name}"${shard === undefined || shards.length === 1 ? "" : `, shard ${shard},`} ${complaint}`;
+    }
   }
 
   /** What is to be shown of it now. */

@@ -1,8 +1,8 @@
 /** The command line from a real Kafka: into databases, by a function or a table; over HTTP; into Kafka. */
 import { assert, assertEquals, assertMatch } from "@std/assert";
-import { assertFailure, assertUsage, type Box, emptyBox, Running, Target, until } from "./cli_run.ts";
+import { assertFailure, assertUsage, type Box, emptyBox, eventsOf, Running, Target, until } from "./cli_run.ts";
 import type { Plan } from "./kafka/source_child.ts";
-import { freshName, kafkaOf, makeTopic, produceInJava, readTopic } from "./kafka/topics.ts";
+import { deleteRecords, freshName, kafkaOf, makeTopic, produceInJava, readTopic } from "./kafka/topics.ts";
 import { testDatabase } from "./servers/servers.ts";
 import { service } from "./services/mod.ts";
 
@@ -162,6 +162,31 @@ Deno.test("an effect is known by a header or a field of its record: what comes t
   assertUsage(await relay("g", "offset"), "--effect-key must be header:NAME or json:FIELD.FIELD");
 });
 
+Deno.test("over HTTP records that were deleted before they were taken end the relay; with --accept-source it goes on behind them (acceptance 26)", async () => {
+  await using target = new Target();
+  await using at = await emptyBox();
+  await at.ok(["init", "--store", "sqlite:claims.db"]);
+  const topic = await makeTopic(BROKERS);
+  await produce(topic, ...payments(0, 5));
+  const ends = ["--from", from(topic, freshName("mail")), "--to", target.url, "--store", "sqlite:claims.db"];
+  const line = ["relay", ...ends, "--drain", ...QUICK];
+  await at.ok(line);
+  await produce(topic, ...payments(5, 12));
+  await deleteRecords(BROKERS, topic, 8);
+  const refused = await at.run(line);
+  assertEquals(refused.code, 1);
+  assertMatch(refused.stderr, /records 5 to 7 were deleted before they were taken/);
+  assertEquals(target.asked.length, 5);
+  const ended = await at.run([...line, "--accept-source", "--yes", "--json"]);
+  assertEquals([ended.code, ended.stderr], [0, ""]);
+  assertEquals(eventsOf(ended).filter(({ type }) => type === "accepted").length, 1);
+  await at.ok(line);
+  assertEquals(
+    target.asked.map(({ body }) => JSON.parse(body).id).toSorted((a, b) => a - b),
+    [...payments(0, 5), ...payments(8, 12)].map(({ id }) => id),
+  );
+});
+
 Deno.test("into Kafka each record goes once, with its own bytes, whatever is killed on the way", async () => {
   await using at = await emptyBox();
   const [topic, out] = [await makeTopic(BROKERS, { partitions: 3 }), await makeTopic(BROKERS, { partitions: 3 })];
@@ -209,8 +234,9 @@ Deno.test("a function makes of each record one, several or none, into topics tha
   );
   await produce(topic, ...payments(0, 6));
   const line = ["relay", "--from", from(topic, freshName("split"), `&dead-letter=${dead}`), "--to", `kafka://${BROKERS}`];
-  const { code } = await at.run([...line, "--handler", "split.ts", "--attempts", "1", "--drain", ...QUICK]);
+  const { code, stdout } = await at.run([...line, "--handler", "split.ts", "--attempts", "1", "--drain", ...QUICK]);
   assertEquals(code, 1, "one was set aside");
+  assertMatch(stdout, new RegExp(`\\nsee why: they are in topic ${dead}, with the reason in their headers\\n$`));
   const [inSmall, inLarge] = [await readTopic(BROKERS, small), await readTopic(BROKERS, large)];
   assertEquals(inSmall.map(({ key, value, headers }) => [key, value, headers["h"]]), [["k0", "0", "1"], ["k2", "20", "1"]]);
   assertEquals(
@@ -219,6 +245,61 @@ Deno.test("a function makes of each record one, several or none, into topics tha
   );
   assertEquals(inLarge.map(({ headers }) => headers["effectonce-position"]), ["1", "2", "4", "5"]);
   assertEquals((await readTopic(BROKERS, dead)).map(({ headers }) => headers["effectonce-error"]), ["not that one"]);
+});
+
+Deno.test("a topic that is given more partitions goes on into Kafka, and the topic of positions grows with it", async () => {
+  await using at = await emptyBox();
+  const [topic, out] = [await makeTopic(BROKERS), await makeTopic(BROKERS)];
+  const line = [
+    "relay",
+    "--from",
+    from(topic, freshName("through")),
+    "--to",
+    `kafka://${BROKERS}/${out}`,
+    "--drain",
+    ...QUICK,
+  ];
+  await produce(topic, ...payments(0, 10));
+  await at.ok(line);
+  const admin = kafkaOf(BROKERS).admin();
+  await admin.connect();
+  await admin.createPartitions({ topicPartitions: [{ topic, count: 3 }] });
+  await admin.disconnect();
+  await produce(topic, ...payments(10, 30));
+  await at.ok(line);
+  const ids = (await readTopic(BROKERS, out)).map(({ value }) => JSON.parse(value!).id as number);
+  assertEquals(ids.toSorted((a, b) => a - b), payments(0, 30).map(({ id }) => id));
+});
+
+Deno.test("a function that writes into the topic that it is given is refused: it would go round and round", async () => {
+  await using at = await emptyBox();
+  await Deno.writeTextFile(`${at.folder}/echo.ts`, "export default ({ value }: { value: Uint8Array }) => ({ value });");
+  const topic = await makeTopic(BROKERS);
+  await produce(topic, ...payments(0, 3));
+  const line = ["relay", "--from", from(topic, freshName("echo")), "--to", `kafka://${BROKERS}`, "--handler", "echo.ts"];
+  const { code, stderr } = await at.run([...line, "--drain", ...QUICK]);
+  assertEquals(code, 1);
+  assertMatch(stderr, /no way past record 0 .*: what is made of it goes into topic-.*, the topic that is read/);
+  assertEquals((await readTopic(BROKERS, topic)).length, 3);
+});
+
+Deno.test("a column that a table gets while a relay runs is used from then on", async () => {
+  await using db = await testDatabase("postgres");
+  await using at = await emptyBox();
+  await at.ok(["init", "--store", db.url]);
+  await db.sql("create table payments (id bigint primary key, total bigint)");
+  const topic = await makeTopic(BROKERS);
+  const one = at.start(["relay", "--from", from(topic, freshName("g")), "--to", `${db.url}?table=payments`, ...QUICK]);
+  const count = async () => Number((await db.sql(SUM))[0]!["n"]);
+  await produce(topic, ...payments(0, 3));
+  await until(async () => await count() === 3, 30_000);
+  await db.sql("alter table payments add column colour text");
+  await produce(topic, { id: 3, total: 30, colour: "red" }, { id: 4, total: 40, colour: "blue" });
+  await until(async () => await count() === 5, 30_000);
+  await db.sql("alter table payments drop column total");
+  await produce(topic, { id: 5, colour: "red" });
+  await until(async () => (await db.sql("select id from payments")).length === 6, 30_000);
+  assertEquals((await one.stop()).code, 0);
 });
 
 Deno.test("what does not go together is a sentence that names the flags", async () => {

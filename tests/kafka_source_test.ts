@@ -18,7 +18,7 @@ import { kafkajs } from "@effectonce/effectonce/kafkajs";
 import { memorySink, memoryStore } from "@effectonce/effectonce/memory";
 import { relayShards, type ShardsOptions } from "@effectonce/effectonce/shards";
 import { until } from "./cli_run.ts";
-import { freshName, kafkaOf, makeTopic, readTopic } from "./kafka/topics.ts";
+import { deleteRecords, freshName, kafkaOf, makeTopic, readTopic, remakeTopic } from "./kafka/topics.ts";
 import { startKafka } from "./services/kafka.ts";
 import { service } from "./services/mod.ts";
 
@@ -179,15 +179,6 @@ Deno.test("without a dead-letter topic a record that is refused ends the relay, 
   assertEquals(texts(), ["0", "1", "2"]);
 });
 
-async function recreate(topic: string): Promise<void> {
-  const admin = kafkaOf(BROKERS).admin();
-  await admin.connect();
-  await admin.deleteTopics({ topics: [topic] });
-  while ((await admin.listTopics()).includes(topic)) await new Promise((resolve) => setTimeout(resolve, 50));
-  await admin.disconnect();
-  await makeTopic(BROKERS, { name: topic });
-}
-
 for (const [what, again] of [["shorter", 2], ["as long, with other records", 5]] as const) {
   Deno.test(`a topic that was made anew, ${what}, ends the relay; accepted it begins with it (acceptance 26)`, async () => {
     const topic = await makeTopic(BROKERS);
@@ -195,7 +186,7 @@ for (const [what, again] of [["shorter", 2], ["as long, with other records", 5]]
     const name = freshName("group");
     await produce(topic, numbered(0, 5));
     await drained(topic, { name, to });
-    await recreate(topic);
+    await remakeTopic(BROKERS, topic);
     await produce(topic, numbered(100, 100 + again));
     const error = await assertRejects(() => drained(topic, { name, to }), EffectError);
     assertEquals(error.code, "diverged");
@@ -213,11 +204,7 @@ Deno.test("records that were deleted before they were taken end the relay; accep
   await produce(topic, numbered(0, 3));
   await drained(topic, { name, to });
   await produce(topic, numbered(3, 8));
-  const admin = kafkaOf(BROKERS).admin();
-  await admin.connect();
-  await admin.fetchTopicOffsets(topic); // Else it does not know the topic.
-  await admin.deleteTopicRecords({ topic, partitions: [{ partition: 0, offset: "6" }] });
-  await admin.disconnect();
+  await deleteRecords(BROKERS, topic, 6);
   const error = await assertRejects(() => drained(topic, { name, to }), EffectError);
   assertEquals(error.code, "diverged");
   assertMatch(error.message, /records 3 to 5 were deleted before they were taken/);
@@ -375,14 +362,37 @@ Deno.test("a partition whose end is no record, and was deleted, is no other one"
   await connection.close();
   await until(async () => (await readTopic(BROKERS, topic)).length === 1);
   await drained(topic, { name, to });
-  const admin = kafkaOf(BROKERS).admin();
-  await admin.connect();
-  await admin.fetchTopicOffsets(topic);
-  await admin.deleteTopicRecords({ topic, partitions: [{ partition: 0, offset: "2" }] });
-  await admin.disconnect();
+  await deleteRecords(BROKERS, topic, 2);
   await produce(topic, [{ value: "2" }]);
   await drained(topic, { name, to });
   assertEquals(texts(), ["1", "2"]);
+});
+
+Deno.test("a relay that is told to end while the group waits for a dead member does not wait for it", async () => {
+  const topic = await makeTopic(BROKERS, { partitions: 2 });
+  const { to, texts } = ledger();
+  const name = freshName("group");
+  await produce(topic, numbered(0, 10));
+  const stop = new AbortController();
+  await using from = kafkaSource(clientOf(), { topic });
+  const running = relayShards({ ...QUICK, name, from, to, leaseMs: 120_000, signal: stop.signal });
+  await until(() => texts().length === 10);
+  // It joins and is never heard of again: who joins after it waits for two minutes.
+  const connection = await clientOf().open();
+  await connection.member(name, topic, 120_000).join();
+  await connection.close();
+  const late = (await clientOf().open()).member(name, topic, 120_000);
+  late.join().catch(() => {});
+  const admin = kafkaOf(BROKERS).admin();
+  await admin.connect();
+  await until(async () => (await admin.describeGroups([name])).groups[0]!.state === "PreparingRebalance");
+  await admin.disconnect();
+  await new Promise((resolve) => setTimeout(resolve, 2_000)); // Longer than between two beats: it has joined as well.
+  stop.abort();
+  const start = performance.now();
+  await running;
+  assert(performance.now() - start < 60_000, "it has waited for the dead member");
+  await late.leave();
 });
 
 Deno.test("what is no place to read from is said in a sentence", async () => {

@@ -46,6 +46,25 @@ export async function makeTopic(
   }
 }
 
+/** Deletes a topic, and makes it anew. */
+export async function remakeTopic(brokers: string, topic: string): Promise<void> {
+  const admin = kafkaOf(brokers).admin();
+  await admin.connect();
+  await admin.deleteTopics({ topics: [topic] });
+  while ((await admin.listTopics()).includes(topic)) await new Promise((resolve) => setTimeout(resolve, 50));
+  await admin.disconnect();
+  await makeTopic(brokers, { name: topic });
+}
+
+/** Deletes the records of the first partition before an offset. */
+export async function deleteRecords(brokers: string, topic: string, offset: number): Promise<void> {
+  const admin = kafkaOf(brokers).admin();
+  await admin.connect();
+  await admin.fetchTopicOffsets(topic); // Else it does not know the topic.
+  await admin.deleteTopicRecords({ topic, partitions: [{ partition: 0, offset: String(offset) }] });
+  await admin.disconnect();
+}
+
 /** A record as a reader sees it. */
 export interface Seen {
   readonly partition: number;

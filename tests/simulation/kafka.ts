@@ -220,6 +220,7 @@ export function modelClient(process: Process, cluster: Cluster, faults: () => Fa
         refresh: () => Promise.resolve(),
         setting: (_, name) => Promise.resolve(name === "cleanup.policy" ? "compact" : undefined),
         create: () => Promise.resolve(),
+        grow: () => Promise.resolve(),
         async read(topic, partition, from) {
           const answer = await call(`read ${topic} from ${from}`, () => cluster.read(placeOf({ topic, partition }), from));
           if (answer.records.length === 0) await process.runtime.sleep(50);
