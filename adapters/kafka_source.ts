@@ -206,7 +206,8 @@ function toMessage(topic: string, partition: number, record: FetchedRecord, idOf
   }
 }
 
-const sizeOf = ({ key, value }: FetchedRecord): number => 100 + (key?.length ?? 0) + (value?.length ?? 0);
+/** About what it takes in memory. */
+const sizeOf = ({ key, value }: FetchedRecord): number => 300 + (key?.length ?? 0) + (value?.length ?? 0);
 
 /** The last record that was taken: its offset, and what tells it from another one at the same offset. */
 interface Place {
@@ -248,8 +249,10 @@ function parseNote(note: string): Note | undefined {
 
 // ----------------------------------------------------------------------------------------------------------------- reading
 
-/** How much of a partition is kept ready, in bytes. */
-const READY_BYTES = 2_097_152;
+/** How much is kept ready of all partitions together, in bytes, if there are not too many of them. */
+const READY_BYTES = 4_194_304;
+/** How much is kept ready of each at least. */
+const LEAST_READY_BYTES = 65_536;
 /** How long the number of partitions is taken for true, in milliseconds. */
 const METADATA_MS = 60_000;
 /** How long brokers may be without a leader for a record that is set aside, in milliseconds. */
@@ -268,8 +271,9 @@ class Reader {
   #failure: { readonly error: unknown } | undefined;
   #wake = Promise.withResolvers<void>();
 
-  get wants(): boolean {
-    return this.next >= 0 && !this.outOfRange && this.#bytes < READY_BYTES;
+  /** Whether it is to be read on, where it may have so much ready. */
+  wants(bytes: number): boolean {
+    return this.next >= 0 && !this.outOfRange && this.#bytes < bytes;
   }
   /** Begins at another place. */
   begin(offset: number): void {
@@ -412,8 +416,9 @@ export function kafkaSource(client: KafkaSourceClient, options: KafkaSourceOptio
     try {
       const { fetching } = await connected();
       for (;;) {
+        const share = Math.max(LEAST_READY_BYTES, READY_BYTES / readers.size);
         const wanted = new Map(
-          [...readers].filter(([, { wants }]) => wants).map(([partition, { next }]) => [partition, next]),
+          [...readers].filter(([, reader]) => reader.wants(share)).map(([partition, { next }]) => [partition, next]),
         );
         if (wanted.size === 0) return;
         const found = await fetching.fetch(topic, wanted, WAIT_MS);

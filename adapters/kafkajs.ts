@@ -66,6 +66,7 @@ interface Cluster {
 
 interface Connection {
   isConnected(): boolean;
+  rejectRequests(error: Error): void;
   connect(): Promise<unknown>;
   /** What has come of an answer, and how much of it is needed to go on. */
   chunks: readonly Buffer[];
@@ -188,7 +189,7 @@ interface ProduceAnswer {
   }[];
 }
 
-function clusterOf(kafka: KafkajsKafka): Cluster {
+function clusterOf(kafka: KafkajsKafka): Connected {
   let found: Cluster | undefined;
   kafka.consumer({
     groupId: "effectonce-unused",
@@ -201,8 +202,13 @@ function clusterOf(kafka: KafkajsKafka): Cluster {
   if (!found?.brokerPool?.connectionPoolBuilder) {
     throw new TypeError("Cannot use this Kafka client: it is not kafkajs 2, whose assigners are given the cluster");
   }
-  beginAnew(found.brokerPool.connectionPoolBuilder);
-  return found;
+  return { cluster: found, connections: beginAnew(found.brokerPool.connectionPoolBuilder) };
+}
+
+/** A cluster, and the connections that there have been to it. */
+interface Connected {
+  readonly cluster: Cluster;
+  readonly connections: ReadonlySet<Connection>;
 }
 
 /** How many bytes tell how long an answer is. */
@@ -212,12 +218,14 @@ const LENGTH_OF_ANSWER = 4;
  * Has connections forget what they were in the middle of. kafkajs keeps what has come of an answer when the connection breaks, and
  * takes what comes over the next one for the rest of it, from where it never finds back: https://github.com/tulios/kafkajs/issues/715
  */
-function beginAnew(builder: Cluster["brokerPool"]["connectionPoolBuilder"]): void {
+function beginAnew(builder: Cluster["brokerPool"]["connectionPoolBuilder"]): ReadonlySet<Connection> {
   const { build } = builder;
+  const connections = new Set<Connection>();
   builder.build = async (to) => {
     const made = await build(to);
     for (const connection of made.pool) {
       const { connect } = connection;
+      connections.add(connection);
       connection.connect = () => {
         if (!connection.isConnected()) {
           Object.assign(connection, { chunks: [], bytesBuffered: 0, bytesNeeded: LENGTH_OF_ANSWER });
@@ -227,6 +235,13 @@ function beginAnew(builder: Cluster["brokerPool"]["connectionPoolBuilder"]): voi
     }
     return made;
   };
+  return connections;
+}
+
+/** Does not wait for answers, which a broker may keep back until there are records, or for as long as it hangs. */
+async function disconnect({ cluster, connections }: Connected): Promise<void> {
+  for (const connection of connections) connection.rejectRequests(new Error("The connection is closed"));
+  await cluster.disconnect().catch(() => {});
 }
 
 // ----------------------------------------------------------------------------------------------------------------- errors
@@ -826,10 +841,10 @@ function openMember(
     if (me.memberId === "") return; // Not known yet: the join is to be waited for.
     const other = clusterOf(kafka);
     try {
-      await other.connect();
-      await atCoordinator(other, groupId, (broker) => broker.leaveGroup(me));
+      await other.cluster.connect();
+      await atCoordinator(other.cluster, groupId, (broker) => broker.leaveGroup(me));
     } finally {
-      await other.disconnect();
+      await disconnect(other);
     }
   }
   return {
@@ -880,14 +895,16 @@ const VERSIONS: readonly (readonly [kafka: string, api: number, version: number]
 const READ_COMMITTED = 1;
 /** How long it may take that a topic is created or grows, in milliseconds. */
 const ADMIN_MS = 10_000;
-const FETCH_BYTES = 4_194_304;
+/** How much of all partitions, and of one, is asked for at once: but for a first batch that is larger, which comes whole. */
+const FETCH_BYTES = 1_048_576;
+const PARTITION_BYTES = 262_144;
 /** ConfigResource.Type of the protocol. */
 const TOPIC_RESOURCE = 2;
 
 async function openConnection(kafka: KafkajsKafka): Promise<KafkaSourceConnection> {
-  const cluster = clusterOf(kafka);
-  // What is under way is waited for: for as long as a request may take where a broker hangs.
-  const close = () => cluster.disconnect().catch(() => {});
+  const connected = clusterOf(kafka);
+  const { cluster } = connected;
+  const close = () => disconnect(connected);
   try {
     await cluster.connect();
   } catch (error) {
@@ -962,7 +979,7 @@ async function openConnection(kafka: KafkajsKafka): Promise<KafkaSourceConnectio
       const partitions = numbers.map((partition) => ({
         partition,
         fetchOffset: String(from.get(partition)!),
-        maxBytes: FETCH_BYTES,
+        maxBytes: PARTITION_BYTES,
       }));
       const { responses } = await broker.fetch({
         isolationLevel: READ_COMMITTED,

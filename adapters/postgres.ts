@@ -226,7 +226,23 @@ const dialect: Dialect = {
     sql: `${table} where (scope, "key") in (values (?::text, ?::text)${", (?, ?)".repeat(keys.length - 1)})`,
     values: keys.flatMap(({ scope, key }) => [scope, key]),
   }),
-  endSilence: "set local idle_in_transaction_session_timeout = 30000",
+  advance(positions, owner, { n, uid, prev, rows }, gone, own) {
+    const silence = own ? ", set_config('idle_in_transaction_session_timeout', '30000', true)" : "";
+    return {
+      sql: `with last as (
+          select n, uid, prev, "rows" from ${positions} where relay = ? and source = ? order by n desc limit 1
+        ), put as (
+          insert into ${positions} (relay, source, n, uid, prev, "rows")
+          select ?::text, ?::text, ?::bigint, ?::text, ?::text, ?::text
+          where coalesce((select n from last), 0) = ?::bigint and coalesce((select uid from last), '') = ?::text
+          on conflict do nothing returning 1
+        ), gone as (
+          delete from ${positions} where relay = ? and source = ? and n <= ?
+        )
+        select last.*, exists (select 1 from put) as put${silence} from (select 1) one left join last on true`,
+      values: [...owner, ...owner, n, uid, prev, JSON.stringify(rows), n - 1, prev, ...owner, gone],
+    };
+  },
   deleteFrom: () => "delete from",
   latest: "",
   checkText: () => {},

@@ -99,8 +99,12 @@ export interface Dialect {
   literal(text: string): string;
   /** The table of effects, of which only those of these keys are looked at and locked; conditions follow behind `and`. */
   only(table: string, keys: readonly EffectKey[]): Statement;
-  /** Ends a transaction of whoever is silent in it for half a minute, where the server can: it keeps a position from others. */
-  readonly endSilence?: string;
+  /**
+   * Puts a position behind the one that it follows, and forgets those up to `gone`, in one statement, where the server can. Answers
+   * the last one that was there before, if one was, and in `put` whether the new one is. `own`: a transaction of the store's own,
+   * which the server is to end if whoever has it is silent for half a minute: it keeps the position from others.
+   */
+  advance?(positions: string, owner: readonly SqlValue[], next: Position, gone: number, own: boolean): Statement;
   /** The beginning of a DELETE, before `only`. */
   deleteFrom(table: string): string;
   /** Whether a subquery passes on large values without reading them. */
@@ -698,19 +702,24 @@ function handle(
       advance: ({ relay, source }, { n, uid, prev, rows }) =>
         guard.run(async () => {
           const owner = [name(relay), name(source)];
-          if (own && dialect.endSilence) await sql(dialect.endSilence);
-          const last = `select n, uid, prev, "rows" from ${tables.positions} where relay = ? and source = ?
-            order by n desc limit 1`;
-          const [stored] = await sql(last, owner);
           const next = { n, uid, prev, rows };
-          if (stored && attempts.before.has(textOf(stored["uid"]))) throw new CommittedBefore();
-          checkAdvance(stored ? toPosition(stored) : START, next);
+          const last = {
+            sql:
+              `select n, uid, prev, "rows" from ${tables.positions} where relay = ? and source = ? order by n desc limit 1`,
+            values: owner,
+          };
+          const look = dialect.advance?.(tables.positions, owner, next, n - RING, own !== undefined) ?? last;
+          const [found] = await sql(look.sql, look.values);
+          const stored = found && found["n"] !== null ? toPosition(found) : START;
+          if (attempts.before.has(stored.uid)) throw new CommittedBefore();
+          checkAdvance(stored, next);
           attempts.mine.set(uid, undefined);
           const insert = `insert into ${tables.positions} (relay, source, n, uid, prev, "rows") values (?, ?, ?, ?, ?, ?)`;
-          if (!await dialect.insertNew(sql, insert, [...owner, n, uid, prev, JSON.stringify(rows)], 1)) {
-            throw new EffectError("fenced", `Cannot commit batch ${n}: another owner has committed one meanwhile`);
-          }
-          if (n <= RING) return;
+          const put = dialect.advance
+            ? found!["put"] === true
+            : await dialect.insertNew(sql, insert, [...owner, n, uid, prev, JSON.stringify(rows)], 1);
+          if (!put) throw new EffectError("fenced", `Cannot commit batch ${n}: another owner has committed one meanwhile`);
+          if (n <= RING || dialect.advance) return;
           await sql(`delete from ${tables.positions} where relay = ? and source = ? and n <= ?`, [...owner, n - RING]);
         }),
     },

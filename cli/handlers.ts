@@ -125,6 +125,16 @@ interface IntoTable {
   readonly ignoresUnknown: boolean;
 }
 
+/** What a message is as a row. */
+interface TableRow {
+  /** Its JSON. */
+  readonly text: string;
+  /** The columns that it has a field for, in the order of the table's. */
+  readonly used: readonly Column[];
+  /** Their values. */
+  readonly values: readonly unknown[];
+}
+
 interface Column {
   readonly name: string;
   readonly isKey: boolean;
@@ -164,6 +174,8 @@ const COLUMNS: Readonly<Record<string, string>> = {
   sqlite: `select name, pk > 0 as is_key from pragma_table_info(?)`,
 };
 
+/** Is in every text that has a number which {@linkcode exactly} looks for. */
+const LONG_NUMBER = /[\d.eE+-]{16}/;
 /** A number that has more digits than a number here keeps goes on as its text. */
 function exactly(_key: string, value: unknown, context?: { readonly source?: string }): unknown {
   const source = context?.source;
@@ -190,10 +202,10 @@ function intoTable(
     }
     return found;
   }
-  function fieldsOf(message: Message): Readonly<Record<string, Json>> {
+  function fieldsOf(text: string): Readonly<Record<string, Json>> {
     let value: Json;
     try {
-      value = JSON.parse(message.text(), exactly);
+      value = kind !== "postgres" && LONG_NUMBER.test(text) ? JSON.parse(text, exactly) : JSON.parse(text);
     } catch {
       throw rejected("its value is no JSON");
     }
@@ -207,17 +219,17 @@ function intoTable(
     if (typeof value === "boolean" || Number.isSafeInteger(value)) return BigInt(value as number);
     return value;
   }
-  /** The columns that a message has a field for, and their values; in the order of the table's. */
-  function rowOf(message: Message): { readonly used: readonly Column[]; readonly values: readonly unknown[] } {
-    const fields = fieldsOf(message);
+  function rowOf(message: Message): TableRow {
+    const text = message.text();
+    const fields = fieldsOf(text);
     const unknown = Object.keys(fields).find((name) => !columns!.some((column) => column.name === name));
     if (unknown !== undefined && !ignoresUnknown) throw rejected(`its field "${unknown}" is no column of ${table}`);
     const used = columns!.filter(({ name }) => Object.hasOwn(fields, name));
     if (used.length === 0) throw rejected(`none of its fields is a column of ${table}`);
-    return { used, values: used.map(({ name }) => bound(fields[name]!)) };
+    return { text, used, values: used.map(({ name }) => bound(fields[name]!)) };
   }
   /** The same, where the table may have got columns meanwhile. */
-  async function newRowOf(run: Run, message: Message): Promise<ReturnType<typeof rowOf>> {
+  async function newRowOf(run: Run, message: Message): Promise<TableRow> {
     try {
       return rowOf(message);
     } catch {
@@ -225,13 +237,22 @@ function intoTable(
       return rowOf(message);
     }
   }
-  const insert = (run: Run, used: readonly Column[], rows: readonly (readonly unknown[])[]) => {
+  /** Rows of the same columns. */
+  const insert = (run: Run, rows: readonly TableRow[]) => {
+    const { used } = rows[0]!;
+    const names = used.map(({ name }) => quote(name)).join(", ");
+    const into = `insert into ${quote(table)} (${names})`;
+    const end = upsert ? replacing(used) : "";
+    if (kind === "postgres") {
+      // It reads JSON faster than as many parameters, and makes of it what each column takes.
+      const read = `select ${names} from json_populate_recordset(null::${quote(table)}, ?::json)`;
+      return run(`${into} ${read}${end}`, [`[${rows.map(({ text }) => text).join()}]`]);
+    }
     const row = `(${used.map(() => "?").join(", ")})`;
-    const into = `insert into ${quote(table)} (${used.map(({ name }) => quote(name)).join(", ")})`;
-    return run(`${into} values ${rows.map(() => row).join(", ")}${upsert ? replacing(used) : ""}`, rows.flat());
+    return run(`${into} values ${rows.map(() => row).join(", ")}${end}`, rows.flatMap(({ values }) => values));
   };
   return {
-    batch: 500,
+    batch: 1000,
     async learn(client) {
       columns = await learn(runOn(scheme, client));
     },
@@ -239,8 +260,7 @@ function intoTable(
       const run = runOn(scheme, client);
       columns ??= await learn(run);
       try {
-        const { used, values } = await newRowOf(run, message);
-        await insert(run, used, [values]);
+        await insert(run, [await newRowOf(run, message)]);
       } catch (error) {
         columns = undefined; // The table may have changed.
         throw error;
@@ -249,25 +269,24 @@ function intoTable(
     async all(messages, _, client) {
       const run = runOn(scheme, client);
       columns ??= await learn(run);
-      let rows: (readonly unknown[])[] = [];
-      let of: readonly Column[] = [];
+      let rows: TableRow[] = [];
       let keys = new Set<string>();
       for (const message of messages) {
-        const { used, values } = rowOf(message);
-        const key = JSON.stringify(values.filter((_, i) => used[i]!.isKey));
+        const row = rowOf(message);
+        const of = rows[0]?.used ?? row.used;
+        const key = upsert ? JSON.stringify(row.values.filter((_, i) => row.used[i]!.isKey)) : "";
         // One statement for rows of the same columns, and none for the same row twice.
-        const fits = used.length === of.length && used.every((column, i) => column === of[i]) &&
-          (rows.length + 1) * used.length <= MOST_VALUES;
-        if (rows.length > 0 && (!fits || upsert && keys.has(key))) {
-          await insert(run, of, rows);
+        const fits = row.used.length === of.length && row.used.every((column, i) => column === of[i]) &&
+          (rows.length + 1) * of.length <= MOST_VALUES;
+        if (!fits || upsert && keys.has(key)) {
+          await insert(run, rows);
           rows = [];
           keys = new Set();
         }
-        of = used;
-        rows.push(values);
+        rows.push(row);
         keys.add(key);
       }
-      if (rows.length > 0) await insert(run, of, rows);
+      if (rows.length > 0) await insert(run, rows);
     },
   };
 
