@@ -12,6 +12,9 @@ import { kafkaSource } from "../adapters/kafka_source.ts";
 import { kafkajs } from "../adapters/kafkajs.ts";
 import { migratePostgres, postgresStore } from "../adapters/postgres.ts";
 import { relayShards } from "../adapters/shards.ts";
+import { Flags } from "../cli/flags.ts";
+import { openDatabaseSink } from "../cli/handlers.ts";
+import { RELAY_FLAGS } from "../cli/relay_flags.ts";
 import { handler, type Sink } from "../mod.ts";
 import { makeTopic } from "../tests/kafka/topics.ts";
 import { startKafka } from "../tests/services/kafka.ts";
@@ -55,9 +58,6 @@ type Payment = { readonly id: number; readonly total: number; readonly note: str
 
 async function oursByTable(place: Place): Promise<void> {
   // As `relay --to 'postgres://…?table=payments'` does.
-  const { openDatabaseSink } = await import("../cli/handlers.ts");
-  const { Flags } = await import("../cli/flags.ts");
-  const { RELAY_FLAGS } = await import("../cli/relay_flags.ts");
   const value = { value: `${place.url}?table=payments`, source: "flag" as const, label: "--to" };
   const { sink, database } = await openDatabaseSink(new Flags(RELAY_FLAGS, [], new Map([["to", value]])));
   await ours(place, sink);

@@ -3,8 +3,8 @@
  *
  * @module
  */
-import { guarantee, type Outbox } from "../mod.ts";
-import { kafkaLag } from "../adapters/kafka_source.ts";
+import { type EffectState, guarantee, type Outbox } from "../mod.ts";
+import { kafkaLag, type KafkaSourceClient } from "../adapters/kafka_source.ts";
 import { type Command, JSON_OUT, STORE, using } from "./command.ts";
 import { relaysOf } from "./config.ts";
 import type { Database } from "./database.ts";
@@ -13,7 +13,7 @@ import { blaming, isFromKafka, openEnds, openTarget, planOf } from "./ends.ts";
 import type { Flags } from "./flags.ts";
 import { readKafkaFrom } from "./kafka.ts";
 import { print, seconds } from "./print.ts";
-import { checksOfTarget } from "./open.ts";
+import { checksOfTarget, openDatabase } from "./open.ts";
 import { RELAY_FLAGS } from "./relay_flags.ts";
 import { linesOf } from "./relays.ts";
 
@@ -87,20 +87,50 @@ async function standing(outbox: Outbox, { count }: Database["store"], only: stri
   };
 }
 
-/** How far a consumer group is, by partition. */
+/** How far a consumer group is, by partition, and what is set aside. */
 async function lagging(flags: Flags): Promise<Found> {
-  const { topic, group, client } = readKafkaFrom(flags.label("from"), flags.url("from")!);
+  const { topic, group, deadLetter, client } = readKafkaFrom(flags.label("from"), flags.url("from")!);
   const partitions = await kafkaLag(client, group, topic);
   if (partitions.length === 0) throw new Error(`topic "${topic}" does not exist in Kafka`);
   const lag = partitions.reduce((sum, { lag }) => sum + lag, 0);
+  const dead = deadLetter === undefined ? undefined : await recordsIn(client, deadLetter);
+  const name = flags.layer.has("name") ? flags.text("name")! : group;
+  const effects = flags.has("store") ? await effectsOf(flags, name) : undefined;
   const lines = partitions.map(({ partition, offset, end, lag }) =>
     `partition ${partition}  ${lag} behind: at ${offset ?? "no offset yet"} of ${end}\n`
   );
   return {
-    value: { topic, group, lag, partitions },
-    text: `topic ${topic}, group ${group}: ${lag} behind\n${lines.join("")}`,
+    value: { topic, group, lag, partitions, ...deadLetter && { deadLetter, parked: dead }, ...effects && { effects } },
+    text: `topic ${topic}, group ${group}: ${lag} behind\n${lines.join("")}` +
+      (deadLetter === undefined ? "" : `dead letters  ${dead} in topic ${deadLetter}\n`) +
+      (effects ? `effects  ${STATES.map((state) => `${effects[state]} ${state}`).join(", ")}\n` : ""),
     ok: true,
   };
+}
+
+/** How many offsets a topic has, of which some may be no records. */
+async function recordsIn(client: KafkaSourceClient, topic: string): Promise<number> {
+  const connection = await client.open();
+  try {
+    const count = await connection.partitions(topic);
+    const each = Array.from(
+      { length: count },
+      async (_, partition) => await connection.end(topic, partition) - await connection.start(topic, partition),
+    );
+    return (await Promise.all(each)).reduce((sum, n) => sum + n, 0);
+  } finally {
+    await connection.close();
+  }
+}
+
+/** How many claims of a relay stand where. */
+async function effectsOf(flags: Flags, relay: string): Promise<Readonly<Record<EffectState, number>>> {
+  const { store, close } = await openDatabase(flags.label("store"), flags.url("store")!);
+  try {
+    return await store.count(relay);
+  } finally {
+    await close();
+  }
 }
 
 /** The command `status`. */
@@ -108,7 +138,7 @@ export const STATUS: Command = {
   summary: "what is pending, parked and in doubt, and which relays run; of a topic how far a group is",
   flags: {
     store: { ...STORE, required: false },
-    from: { kind: "url", help: "instead: a topic and a group, kafka://…/topic?group=…" },
+    from: { kind: "url", help: "a topic and a group, kafka://…/topic?group=…; with --store its claims as well" },
     config: RELAY_FLAGS.config!,
     name: RELAY_FLAGS.name!,
     json: JSON_OUT,

@@ -117,8 +117,9 @@ Deno.test("over HTTP each record is called once, by claims in a store", async ()
   await using target = new Target();
   await using at = await emptyBox();
   await at.ok(["init", "--store", "sqlite:claims.db"]);
-  const topic = await makeTopic(BROKERS, { partitions: 2 });
+  const [topic, dead] = [await makeTopic(BROKERS, { partitions: 2 }), await makeTopic(BROKERS)];
   await produce(topic, ...payments(0, 12));
+  await produce(dead, "of another group");
   const group = freshName("mail");
   const run = () =>
     at.ok(["relay", "--from", from(topic, group), "--to", target.url, "--store", "sqlite:claims.db", "--drain", ...QUICK]);
@@ -128,12 +129,80 @@ Deno.test("over HTTP each record is called once, by claims in a store", async ()
   await produce(topic, ...payments(12, 15));
   const shown = await at.json(["status", "--from", from(topic, group)]) as { lag: number; partitions: { lag: number }[] };
   assertEquals([shown.lag, shown.partitions.length, shown.partitions.reduce((sum, { lag }) => sum + lag, 0)], [3, 2, 3]);
+  const withStore = ["status", "--from", from(topic, group, `&dead-letter=${dead}`), "--store", "sqlite:claims.db"];
+  assertMatch(await at.ok(withStore), new RegExp(`\\ndead letters {2}1 in topic ${dead}\\neffects .*12 done, 0 rejected`));
+  const all = await at.json(withStore) as { parked: number; effects: { done: number } };
+  assertEquals([all.parked, all.effects.done], [1, 12]);
   assertMatch(
     await at.ok(["status", "--from", from(topic, group)]),
     /^topic .*: 3 behind\npartition 0 {2}\d behind: at \d+ of \d+\n/,
   );
   const told = await at.ok(["doctor", "--from", from(topic, group), "--to", target.url, "--store", "sqlite:claims.db"]);
   assertMatch(told, /at-most-once \(protocol: claimed\)/);
+});
+
+Deno.test("what an API has refused is called anew when a person says so and the group is set back, and nothing else is", async () => {
+  await using target = new Target();
+  await using at = await emptyBox();
+  await at.ok(["init", "--store", "sqlite:claims.db"]);
+  const topic = await makeTopic(BROKERS);
+  await produce(topic, ...payments(0, 10));
+  const group = freshName("mail");
+  let refuses = true;
+  target.answer = ({ body }) => new Response(null, { status: refuses && JSON.parse(body).id === 4 ? 422 : 200 });
+  const ends = ["--from", from(topic, group), "--to", target.url, "--store", "sqlite:claims.db"];
+  const line = ["relay", ...ends, "--drain", ...QUICK];
+  assertEquals((await at.run(line)).code, 1, "one was refused");
+  const [refused] = await at.json(["effects", "list", "--store", "sqlite:claims.db", "--state", "rejected"]) as {
+    key: string;
+  }[];
+  await at.ok(["effects", "retry", refused!.key, "--store", "sqlite:claims.db"]);
+  refuses = false;
+  await at.ok(line);
+  assertEquals(target.asked.length, 10, "the group is past it");
+  const admin = kafkaOf(BROKERS).admin();
+  await admin.connect();
+  await admin.setOffsets({ groupId: group, topic, partitions: [{ partition: 0, offset: "0" }] });
+  await admin.disconnect();
+  await at.ok(line);
+  assertEquals(target.asked.slice(10).map(({ body }) => JSON.parse(body).id), [4]);
+});
+
+Deno.test("the README's way from a topic to rows can be gone as it stands there", async () => {
+  await using db = await testDatabase("postgres");
+  await using target = new Target();
+  await using at = await emptyBox();
+  const readme = await Deno.readTextFile(new URL("../README.md", import.meta.url));
+  const section = /\n## From a topic to rows\n(.*?)\n## /s.exec(readme)![1]!;
+  const docs = await Deno.readTextFile(new URL("../docs/kafka.md", import.meta.url));
+  const mod = new URL("../adapters/kafka.ts", import.meta.url).href;
+  const fileOf = (text: string, name: string) => new RegExp(`// ${name}\n(.*?)\n\`\`\``, "s").exec(text)![1]!;
+  await Deno.writeTextFile(at.path("charge.ts"), fileOf(section, "charge.ts"));
+  const transform = fileOf(docs, "transform.ts").replace("@effectonce/effectonce/kafka", mod);
+  const end = freshName("end");
+  await Deno.writeTextFile(at.path("transform.ts"), transform.replace(`"payments"`, `"large-orders-${end}"`));
+  const lines = [...section.matchAll(/^```sh\n(.*?)^```/gms)].flatMap(([, block]) => block!.trim().split("\n")).map((line) =>
+    line.replaceAll("127.0.0.1:9092", BROKERS).replaceAll("postgres://app@127.0.0.1/app", db.url)
+      .replaceAll("https://mail.example/send", target.url).replaceAll(/\b(orders-dead|large-orders|orders)\b/g, `$1-${end}`)
+  );
+  await makeTopic(BROKERS, { name: `large-orders-${end}` });
+  for (const line of lines) {
+    const words = line.split(" ").map((word) => word.replaceAll("'", ""));
+    if (words[0] === "kafka-topics.sh") {
+      const after = (flag: string) => words[words.indexOf(flag) + 1]!;
+      await makeTopic(BROKERS, { name: after("--topic"), partitions: Number(after("--partitions")) || 1 });
+    } else if (words[0] === "psql") await db.sql(/"(.*)"/.exec(line)![1]!);
+    else if (words[0] === "echo") await produce(words.at(-1)!, words[1]!);
+    else {
+      assertEquals(words.slice(0, 4).join(" "), "deno run -A cli.ts");
+      const args = words.slice(4);
+      await at.ok(args[0] === "relay" ? [...args, "--drain", ...QUICK] : args);
+    }
+  }
+  assertEquals(await db.sql("select * from payments"), [{ id: "1", total: "5" }]);
+  assertEquals(await db.sql("select * from charges"), [{ id: "1", cents: "500" }]);
+  assertEquals(target.asked.map(({ body }) => body), [`{"id":1,"total":5}`]);
+  assertEquals((await readTopic(BROKERS, `large-orders-${end}`)).map(({ value }) => value), [`{"amount":5}`]);
 });
 
 Deno.test("an effect is known by a header or a field of its record: what comes twice in a topic happens once", async () => {
