@@ -292,7 +292,6 @@ const FORBIDDEN = [
   "CLUSTER_AUTHORIZATION_FAILED",
   "TOPIC_AUTHORIZATION_FAILED",
   "GROUP_AUTHORIZATION_FAILED",
-  "INVALID_SESSION_TIMEOUT",
   "INVALID_GROUP_ID",
   "SASL_AUTHENTICATION_FAILED",
   "UNSUPPORTED_SASL_MECHANISM",
@@ -583,6 +582,14 @@ async function patiently<T>(untilMs: number, types: readonly string[], run: (aga
   }
 }
 
+async function findCoordinator(cluster: Cluster, of: Parameters<Cluster["findGroupCoordinator"]>[0]): Promise<Broker> {
+  return await cluster.findGroupCoordinator(of).catch(async (error) => {
+    // kafkajs keeps to itself why no broker has answered: it may be that this user may not use the id, or the group.
+    await (await cluster.findControllerBroker()).findGroupCoordinator(of);
+    throw error;
+  });
+}
+
 async function openTransactions(
   cluster: Cluster,
   transactionalId: string | null,
@@ -593,13 +600,7 @@ async function openTransactions(
     patiently(timeoutMs, NOT_DONE, async (again) => {
       if (again) known = undefined;
       const of = { groupId: transactionalId!, coordinatorType: TRANSACTION_COORDINATOR };
-      known ??= transactionalId === null
-        ? await cluster.findControllerBroker()
-        : await cluster.findGroupCoordinator(of).catch(async (error) => {
-          // kafkajs keeps to itself why no broker has answered: it may be that this user may not use the id.
-          await (await cluster.findControllerBroker()).findGroupCoordinator(of);
-          throw error;
-        });
+      known ??= transactionalId === null ? await cluster.findControllerBroker() : await findCoordinator(cluster, of);
       return await run(known);
     });
   const init = { transactionalId: transactionalId ?? undefined, transactionTimeout: timeoutMs };
@@ -761,12 +762,20 @@ const ASSIGNOR = "effectonce";
 async function atCoordinator<T>(cluster: Cluster, groupId: string, run: (broker: Broker) => Promise<T>): Promise<T> {
   try {
     return await patiently(10_000, NOT_DONE, async () => {
-      return await run(await cluster.findGroupCoordinator({ groupId, coordinatorType: GROUP_COORDINATOR }));
+      return await run(await findCoordinator(cluster, { groupId, coordinatorType: GROUP_COORDINATOR }));
     });
   } catch (error) {
-    if (!isOneOf(error, ["INCONSISTENT_GROUP_PROTOCOL"])) throw explained(error);
-    const why = `the group "${groupId}" has consumers that are no effectonce: give the relay a name of its own`;
-    throw new EffectError("source_invalid", `Cannot join: ${why}`, { cause: error });
+    const refused = (why: string) =>
+      new EffectError("source_invalid", `Cannot join group "${groupId}": ${why}`, { cause: error });
+    if (isOneOf(error, ["INCONSISTENT_GROUP_PROTOCOL"])) {
+      throw refused("it has consumers that are no effectonce. Give the relay a name of its own");
+    }
+    if (isOneOf(error, ["INVALID_SESSION_TIMEOUT"])) {
+      const bounds = "group.min.session.timeout.ms to group.max.session.timeout.ms";
+      throw refused(`brokers take no such lease, but one from their ${bounds}`);
+    }
+    if (isOneOf(error, FORBIDDEN)) throw refused(`Kafka refuses: ${(error as Error).message}`);
+    throw explained(error);
   }
 }
 

@@ -234,7 +234,10 @@ async function loadKafka(brokers: readonly string[], options: object = {}): Prom
     // kafkajs asks for timers that lie in the past (its requestQueue), about which Deno and Node warn.
     const emit = process.emitWarning;
     process.emitWarning = ((...args: unknown[]) => {
-      if (!args.includes("TimeoutNegativeWarning")) Reflect.apply(emit, process, args);
+      const [warning] = args as readonly { readonly name?: unknown; readonly type?: unknown }[];
+      // Who writes on a connection that is not there yet, waits for it.
+      const waits = warning?.name === "MaxListenersExceededWarning" && warning.type === "connect";
+      if (!waits && !args.includes("TimeoutNegativeWarning")) Reflect.apply(emit, process, args);
     }) as typeof emit;
   }
   const specifier = "npm:kafkajs@^2.2.4"; // Computed, so that only its users install it.

@@ -539,38 +539,39 @@ const STEPS: readonly (readonly [step: string, times: readonly number[]])[] = [
   ["source.close", [1]],
 ];
 
-// All at once, each with a topic and a group of its own: a member that was killed is waited for.
-Deno.test("a relay into a database that is killed at any of its steps: each record once, in order (acceptance 20)", async () => {
-  await using db = await testDatabase("postgres");
-  await db.program().migrate();
-  await db.sql("create table payments (at bigserial, topic text not null, id bigint not null)");
-  const script = new URL("kafka/source_child.ts", import.meta.url).pathname;
-  const start = (plan: Plan) =>
-    new Running(
-      new Deno.Command(Deno.execPath(), {
-        args: ["run", "-A", "--quiet", script, JSON.stringify(plan)],
-        ...{ stdin: "null", stdout: "piped", stderr: "piped" },
-      }).spawn(),
+for (const [into, acceptance] of [["a database", 20], ["Kafka", 21]] as const) {
+  // All at once, each with a topic and a group of its own: a member that was killed is waited for.
+  Deno.test(`a relay into ${into} that is killed at any of its steps: each record once, in order (acceptance ${acceptance})`, async () => {
+    await using db = await testDatabase("postgres");
+    await db.program().migrate();
+    await db.sql("create table payments (at bigserial, topic text not null, id bigint not null)");
+    const script = new URL("kafka/source_child.ts", import.meta.url).pathname;
+    const start = (plan: Plan) =>
+      new Running(
+        new Deno.Command(Deno.execPath(), {
+          args: ["run", "-A", "--quiet", script, JSON.stringify(plan)],
+          ...{ stdin: "null", stdout: "piped", stderr: "piped" },
+        }).spawn(),
+      );
+    const moments = STEPS.flatMap(([step, times]) =>
+      times.flatMap((time) => [{ step: `before ${step}`, time }, { step: `after ${step}`, time }])
     );
-  const moments = STEPS.flatMap(([step, times]) =>
-    times.flatMap((time) => [{ step: `before ${step}`, time }, { step: `after ${step}`, time }])
-  );
-  await Promise.all(moments.map(async (stop) => {
-    const topic = await makeTopic(BROKERS);
-    await produce(topic, ...payments(0, 20));
-    const plan = { ...stop, brokers: BROKERS, topic, url: db.url };
-    const first = start(plan);
-    const line = await first.until((line) => line.startsWith("at "));
-    assertEquals(line, `at ${first.pid}`);
-    first.kill("SIGKILL");
-    assertEquals((await first.ended()).signal, "SIGKILL");
-    const { code, stdout, stderr } = await start({ ...plan, step: "" }).ended();
-    assertEquals([code, stdout.trim()], [0, "drained"], `${stop.step}, the ${stop.time}. time: ${stderr}`);
-    const rows = await db.sql("select id from payments where topic = ? order by at", [topic]);
-    assertEquals(
-      rows.map(({ id }) => Number(id)),
-      payments(0, 20).map(({ id }) => id),
-      `${stop.step}, the ${stop.time}. time`,
-    );
-  }));
-});
+    await Promise.all(moments.map(async (stop) => {
+      const topic = await makeTopic(BROKERS);
+      const out = into === "Kafka" ? await makeTopic(BROKERS) : undefined;
+      await produce(topic, ...payments(0, 20));
+      const plan = { ...stop, brokers: BROKERS, topic, url: db.url, ...out && { out } };
+      const first = start(plan);
+      const line = await first.until((line) => line.startsWith("at "));
+      assertEquals(line, `at ${first.pid}`);
+      first.kill("SIGKILL");
+      assertEquals((await first.ended()).signal, "SIGKILL");
+      const { code, stdout, stderr } = await start({ ...plan, step: "" }).ended();
+      assertEquals([code, stdout.trim()], [0, "drained"], `${stop.step}, the ${stop.time}. time: ${stderr}`);
+      const ids = out
+        ? (await readTopic(BROKERS, out)).map(({ value }) => JSON.parse(value!).id)
+        : (await db.sql("select id from payments where topic = ? order by at", [topic])).map(({ id }) => Number(id));
+      assertEquals(ids, payments(0, 20).map(({ id }) => id), `${stop.step}, the ${stop.time}. time`);
+    }));
+  });
+}

@@ -1,7 +1,16 @@
 /** Kafka as a source, on a real broker. */
 import { assert, assertEquals, assertMatch, assertRejects } from "@std/assert";
 import { Buffer } from "node:buffer";
-import { CompressionTypes, Kafka, logLevel, type Message as Produced } from "kafkajs";
+import {
+  AclOperationTypes,
+  AclPermissionTypes,
+  AclResourceTypes,
+  CompressionTypes,
+  Kafka,
+  logLevel,
+  type Message as Produced,
+  ResourcePatternTypes,
+} from "kafkajs";
 import {
   EffectError,
   handler,
@@ -414,7 +423,43 @@ Deno.test("what is no place to read from is said in a sentence", async () => {
   await joined.promise;
   const mixed = await assertRejects(() => drained(topic, { name, to, store: memoryStore() }), EffectError);
   await consumer.disconnect();
-  assertMatch(mixed.message, /the group ".*" has consumers that are no effectonce: give the relay a name of its own/);
+  assertMatch(
+    mixed.message,
+    /Cannot join group ".*": it has consumers that are no effectonce\. Give the relay a name of its own/,
+  );
+  const long = await assertRejects(
+    () => drained(topic, { name: freshName("group"), to, store: memoryStore(), leaseMs: 100_000_000 }),
+    EffectError,
+  );
+  assertMatch(long.message, /brokers take no such lease, but one from their group.min.session.timeout.ms to group.max/);
+});
+
+Deno.test("a group that is not allowed is said in a sentence", async () => {
+  const settings = {
+    "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
+    "allow.everyone.if.no.acl.found": "true",
+  };
+  await using cluster = await startKafka({ settings });
+  const topic = await makeTopic(cluster.brokers);
+  const admin = kafkaOf(cluster.brokers).admin();
+  await admin.connect();
+  await admin.createAcls({
+    acl: [{
+      ...{
+        resourceType: AclResourceTypes.GROUP,
+        resourceName: "billing",
+        resourcePatternType: ResourcePatternTypes.LITERAL,
+      },
+      ...{ principal: "User:ANONYMOUS", host: "*", operation: AclOperationTypes.READ },
+      permissionType: AclPermissionTypes.DENY,
+    }],
+  });
+  await admin.disconnect();
+  await using from = kafkaSource(kafkajs(kafkaOf(cluster.brokers)), { topic });
+  const { to } = ledger();
+  const error = await assertRejects(() => relayShards({ ...QUICK, name: "billing", from, to, drain: true }), EffectError);
+  assertEquals(error.code, "source_invalid");
+  assertMatch(error.message, /Cannot join group "billing": Kafka refuses: Not authorized to access group/);
 });
 
 Deno.test("a broker that is killed and started again holds a source up, and no more: each record once, in order", async () => {
