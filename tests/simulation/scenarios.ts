@@ -28,19 +28,12 @@ import { kafkaSink } from "../../adapters/kafka.ts";
 import { memoryOutbox, memoryStore } from "../../adapters/memory.ts";
 import { checkAdvance } from "../../adapters/shared.ts";
 import { migrateSqlite, type SqliteClient, sqliteOutbox, sqliteStore } from "../../adapters/sqlite.ts";
+import { chooseFaults, finish, isZombie, reach, remoteSink, supervise, TIGHT, TIMES } from "./fleet.ts";
 import { Cluster, modelClient } from "./kafka.ts";
-import { type Faults, Process, Simulation, tameCrypto } from "./scheduler.ts";
-import { callSink, remoteStore, Rows, type RowView, Target, type TargetFaults, wrongChange } from "./world.ts";
+import { type Faults, type Process, Simulation, tameCrypto } from "./scheduler.ts";
+import { callSink, remoteStore, Rows, type RowView, Target, wrongChange } from "./world.ts";
 
 const SCOPE = "relay";
-/**
- * How long things take at most. Where a target dedupes, a fifth of its window must exceed what may lie between a claim and the
- * arrival of its call: a lease, a pause, and a request that is late.
- */
-const TIMES = { leaseMs: [300, 1000], pauseMs: 1000, lateMs: 800, settleMs: 900, windowMs: 0 } as const;
-const TIGHT = { leaseMs: [100, 500], pauseMs: 600, lateMs: 400, settleMs: 900, windowMs: 8000 } as const;
-const ENDS_MS = 300_000;
-
 interface Planned {
   readonly id: string;
   readonly key: string | null;
@@ -156,25 +149,6 @@ function remoteSource(process: Process, source: Source, faults: () => Faults, on
   };
 }
 
-/** An atomic sink as one process reaches it. */
-function remoteSink(process: Process, sink: AtomicSink, faults: () => Faults): AtomicSink {
-  return {
-    ...sink,
-    open: (owner) =>
-      process.call("open sink", faults(), async () => {
-        const session = await sink.open(owner);
-        return {
-          ring: session.ring,
-          commit: (batch) => {
-            const ids = batch.messages.map(({ id }) => id).join(" ");
-            return process.call(`commit ${batch.n}: ${ids}`, faults(), () => session.commit(batch));
-          },
-          close: () => session.close(),
-        };
-      }),
-  };
-}
-
 /** A log that commits its position with its records, and fences by position, or by position and epoch as Kafka does. */
 function logSink(simulation: Simulation, records: string[], refuses: (id: string) => unknown, epochs: boolean): AtomicSink {
   const ring: Position[] = [];
@@ -255,103 +229,6 @@ export async function simulate(
     if (folder) Deno.removeSync(folder, { recursive: true });
   }
   return { kind, steps: simulation.steps };
-}
-
-/** How bad it gets: each kind of fault is rare, common or absent by the seed. `harmless`: nobody dies, and nothing is lost. */
-function chooseFaults(simulation: Simulation, pauseMs: number, harmless = false) {
-  const passing = () => simulation.pick([0, 0, 0.02, 0.1]);
-  const level = () => harmless ? 0 : passing();
-  const often = () => harmless ? 0 : simulation.pick([0, 0, 0.05, 0.25]);
-  const calls: Faults = {
-    "request lost": level(),
-    "answer lost": level(),
-    late: level(),
-    repeated: level(),
-    busy: level(),
-    slow: passing(),
-  };
-  const target: TargetFaults = {
-    lost: often(),
-    unanswered: often(),
-    late: often(),
-    hangs: often(),
-    fails: often(),
-    busy: simulation.pick([0, 0, 0.05, 0.25]),
-    repeated: often(),
-  };
-  const none: TargetFaults = { lost: 0, unanswered: 0, late: 0, hangs: 0, fails: 0, busy: 0, repeated: 0 };
-  let raging = true;
-  const [kills, pauses] = harmless ? [0, 0] : [simulation.pick([0, 0.005, 0.03]), simulation.pick([0, 0.005, 0.03])];
-  simulation.disturb = (process) => {
-    if (simulation.chance(kills)) process.kill();
-    else if (simulation.chance(pauses)) process.pause(simulation.between(1, pauseMs));
-  };
-  return {
-    calls: () => raging ? calls : {},
-    target: () => raging ? target : none,
-    end() {
-      raging = false;
-      simulation.disturb = () => {};
-      simulation.log(() => "the faults end");
-    },
-  };
-}
-
-/** Keeps a program running in some places: starts it again when it has died or given up. */
-function supervise(
-  simulation: Simulation,
-  places: number,
-  program: (process: Process, signal: AbortSignal) => Promise<unknown>,
-) {
-  const stop = new AbortController();
-  const running = new Set<Process>();
-  function start(place: number, generation: number): void {
-    if (stop.signal.aborted) return;
-    const process = new Process(simulation, `${"ABC"[place]}${generation}`);
-    running.add(process);
-    let over = false;
-    const ended = (why: string, afterMs: number) => {
-      if (over) return;
-      over = true;
-      running.delete(process);
-      simulation.log(() => `${process.name} ends: ${why}`);
-      simulation.at(simulation.now + afterMs, () => start(place, generation + 1));
-    };
-    // Now and then it stays away for so long that a target forgets.
-    process.onKill(() => ended("killed", simulation.between(0, simulation.chance(0.15) ? TIGHT.windowMs : 2000)));
-    program(process, stop.signal).then(
-      () => ended("done", simulation.between(0, 500)),
-      (error: unknown) => {
-        const code = error instanceof EffectError ? error.code : "";
-        if (["source_invalid", "sink_invalid", "diverged", "cursor_lost", "mismatch"].includes(code)) {
-          simulation.violate(`${process.name} ended with ${code}: ${(error as Error).message}`);
-        }
-        if (error instanceof TypeError || error instanceof RangeError || error instanceof ReferenceError) {
-          simulation.violate(`${process.name} ended with ${error.name}: ${error.message}`);
-        }
-        ended(String(error), simulation.between(0, 1000));
-      },
-    );
-  }
-  for (let place = 0; place < places; place++) simulation.at(simulation.between(0, 500), () => start(place, 1));
-  return { stop: () => stop.abort(), running };
-}
-
-/** Looks at a condition every 100 ms of virtual time. */
-async function reach(simulation: Simulation, what: string, holds: () => boolean): Promise<void> {
-  let held = false;
-  const look = () => {
-    held = holds();
-    if (!held) simulation.at(simulation.now + 100, look);
-  };
-  simulation.at(simulation.now, look);
-  if (!await simulation.until(() => held, simulation.now + ENDS_MS)) simulation.violate(`never came: ${what}`);
-  simulation.check();
-}
-
-async function finish(simulation: Simulation, fleet: ReturnType<typeof supervise>): Promise<void> {
-  fleet.stop();
-  await reach(simulation, "the end of all relays after they were told to stop", () => fleet.running.size === 0);
 }
 
 function plan(simulation: Simulation): readonly Planned[] {
@@ -573,13 +450,6 @@ async function playRelays(simulation: Simulation, kind: Kind, folder: string): P
       last.set(key, at);
     }
   }
-}
-
-/** Whether an owner has lost its lease by the time that it sends. */
-function isZombie(simulation: Simulation, row: RowView | undefined, idempotencyKey: string, attempt: number): boolean {
-  const generation = Number(/;generation=(\d+)$/.exec(idempotencyKey)?.[1] ?? 1);
-  return row !== undefined &&
-    (row.state !== "claimed" || row.generation !== generation || row.attempt !== attempt || row.untilMs <= simulation.now);
 }
 
 /** Looks at a database's rows as they change, where they cannot be seen in the middle of a call. */
