@@ -29,6 +29,7 @@ import { memoryOutbox, memoryStore } from "../../adapters/memory.ts";
 import { checkAdvance } from "../../adapters/shared.ts";
 import { migrateSqlite, type SqliteClient, sqliteOutbox, sqliteStore } from "../../adapters/sqlite.ts";
 import { chooseFaults, finish, isZombie, reach, remoteSink, supervise, TIGHT, TIMES } from "./fleet.ts";
+import { FROM_KAFKA, type FromKafka, playFromKafka } from "./from_kafka.ts";
 import { Cluster, modelClient } from "./kafka.ts";
 import { type Faults, type Process, Simulation, tameCrypto } from "./scheduler.ts";
 import { callSink, remoteStore, Rows, type RowView, Target, wrongChange } from "./world.ts";
@@ -196,10 +197,13 @@ const KINDS = {
   "sqlite sealed": 4,
   "sqlite sealed into a file": 2,
   "sqlite kafka": 2,
+  ...FROM_KAFKA,
 } as const;
 
 /** What a seed is about. */
 export type Kind = keyof typeof KINDS;
+
+const isFromKafka = (kind: Kind): kind is FromKafka => kind in FROM_KAFKA;
 
 function kindOf(simulation: Simulation): Kind {
   let left = simulation.random() * Object.values<number>(KINDS).reduce((sum, weight) => sum + weight);
@@ -223,7 +227,8 @@ export async function simulate(
     ? Deno.makeTempDirSync({ dir: Deno.build.os === "linux" ? "/dev/shm" : undefined })
     : "";
   try {
-    await (kind.startsWith("once") ? playOnce(simulation, kind) : playRelays(simulation, kind, folder));
+    if (isFromKafka(kind)) await playFromKafka(simulation, kind);
+    else await (kind.startsWith("once") ? playOnce(simulation, kind) : playRelays(simulation, kind, folder));
     simulation.check();
   } finally {
     if (folder) Deno.removeSync(folder, { recursive: true });
@@ -294,7 +299,7 @@ async function playRelays(simulation: Simulation, kind: Kind, folder: string): P
     },
     simulation.chance(0.5) ? { key: ({ id }) => id } : {},
   );
-  const cluster = new Cluster(simulation, ["orders"], ({ topic, value }) => {
+  const cluster = new Cluster(simulation, { orders: 1 }, ({ topic, value }) => {
     if (topic !== "orders") return;
     const id = new TextDecoder().decode(value ?? undefined);
     records.push(id);
@@ -310,7 +315,10 @@ async function playRelays(simulation: Simulation, kind: Kind, folder: string): P
   function sinkOf(process: Process): Sink {
     if (onFile) return fileOf(simulation, process, path, recount);
     if (onKafka) {
-      return kafkaSink(modelClient(process, cluster, faults.calls), { transactionTimeoutMs, runtime: process.runtime });
+      return kafkaSink(modelClient(simulation, process, cluster, faults.calls), {
+        transactionTimeoutMs,
+        runtime: process.runtime,
+      });
     }
     if (kind === "handler") return remoteSink(process, writes, faults.calls);
     if (atomic) return remoteSink(process, log, faults.calls);
