@@ -286,19 +286,20 @@ export async function playFromKafka(simulation: Simulation, kind: FromKafka): Pr
         if (event.type === "parked" || event.type === "uncertain") parked.add(event.id);
       },
     });
-    if (!drain || stop.aborted || places > 1) return;
+    if (!drain || stop.aborted || places > 1 || wentBack || !cluster.group(GROUP).isEmpty) return;
+    // It had all partitions: there is not even one that only the coordinator takes for a member.
     for (const { id } of before) if (!isOver(id) && !removed.has(id)) simulation.violate(`${id} was left by a drain`);
   });
 
   const aborted: string[] = [];
   let sent = 0;
-  const total = simulation.between(3, 10);
+  let total = simulation.between(3, 10);
   let left = total;
   while (left > 0) {
     const size = simulation.chance(0.5) ? 1 : Math.min(left, simulation.between(1, 3));
     left -= size;
     const batch = Array.from({ length: size }, (_, i) => ({
-      id: `m${total - left - i}`,
+      id: `m${left + i + 1}`,
       key: simulation.pick(keys),
       turn: simulation.between(0, 5),
     }));
@@ -356,7 +357,7 @@ export async function playFromKafka(simulation: Simulation, kind: FromKafka): Pr
       simulation.log(() => `compaction of ${place}`);
       const gone = new Set(cluster.compact(place));
       for (const { id, partition: of, offset } of visible) {
-        if (of === partition && gone.has(offset) && !isOver(id)) removed.add(id);
+        if (of === partition && gone.has(offset) && (goesBack || !isOver(id))) removed.add(id);
       }
     } else if (!goesBack) {
       const taken = claimed
@@ -379,6 +380,15 @@ export async function playFromKafka(simulation: Simulation, kind: FromKafka): Pr
           wentBack = true;
           positions.clear();
         });
+        // A relay hears of it when it has something to write, or when it is started again.
+        for (let partition = 0; partition < cluster.partitions(FROM); partition++) {
+          total++;
+          simulation.at(simulation.now + simulation.between(100, 3000), () => {
+            const value = encoder.encode(`last-${partition}`);
+            cluster.publish([{ topic: FROM, partition, key: null, value, headers: [] }]);
+            sent++;
+          });
+        }
       });
     });
   }
@@ -418,22 +428,19 @@ export async function playFromKafka(simulation: Simulation, kind: FromKafka): Pr
   }
   checkOrder(out);
 
-  /** The first time that each happened, by partition and, of calls, by key. */
+  /** The first time that each happened, by partition; where not all goes through one hand, by key as well. */
   function checkOrder(out: readonly string[]): void {
     const last = new Map<string, number>();
     for (const id of new Set(out)) {
       const [record, again] = visible.filter((one) => one.id === id);
-      if (
-        !record || again ||
-        claimed && (record.key === null || visible.some(({ id, key }) => key === record.key && parked.has(id)))
-      ) {
-        continue;
-      }
-      const line = `${record.partition} ${claimed ? record.key : ""}`;
-      if (record.offset < (last.get(line) ?? -1)) {
-        simulation.violate(`${id} of partition ${line} was overtaken: ${out.join(" ")}`);
-      }
+      if (!record || again || claimed && isFree(record)) continue;
+      const line = `${record.partition} ${claimed || toKafka ? record.key : ""}`;
+      if (record.offset < (last.get(line) ?? -1)) simulation.violate(`${id} of ${line} was overtaken: ${out.join(" ")}`);
       last.set(line, record.offset);
     }
+  }
+  /** What is set aside holds nothing back. */
+  function isFree({ key }: Visible): boolean {
+    return key === null || visible.some((other) => other.key === key && parked.has(other.id));
   }
 }

@@ -68,6 +68,11 @@ export class Group {
     this.#options = options;
   }
 
+  /** Whether it has no members. */
+  get isEmpty(): boolean {
+    return this.#members.size === 0;
+  }
+
   /** An id for one that will join. */
   invite(sessionMs: number): string {
     const id = `member-${++this.#ids}`;
