@@ -121,6 +121,8 @@ export async function playFromKafka(simulation: Simulation, kind: FromKafka): Pr
   const records: string[] = [];
   /** The last record of the last batch that a sink has, by source. */
   const positions = new Map<string, number>();
+  /** How far the group was in each partition: what is late may take it back. */
+  const reached = new Map<number, number>();
   const target = new Target(simulation, {
     dedupeWindowMs: deduping ? TIMES.windowMs : 0,
     refuses: (id) => poison.has(id),
@@ -132,9 +134,8 @@ export async function playFromKafka(simulation: Simulation, kind: FromKafka): Pr
   const written = (): readonly string[] => claimed ? target.ledger.map(({ id }) => id) : toKafka ? records : table.written();
   /** Whether nothing more is to be done for a record. */
   function isOver(id: string, done = written()): boolean {
-    if (!claimed) return done.includes(id) || buried.has(id);
-    const state = rows.get({ scope: GROUP, key: id })?.state;
-    return state === "done" || (state === "rejected" || state === "uncertain") && parked.has(id);
+    const isDone = claimed ? rows.get({ scope: GROUP, key: id })?.state === "done" : done.includes(id);
+    return isDone || buried.has(id) || parked.has(id);
   }
   function advanced(source: string, offset: number): void {
     const last = positions.get(source) ?? -1;
@@ -169,6 +170,7 @@ export async function playFromKafka(simulation: Simulation, kind: FromKafka): Pr
   }
   function onKept(partition: number, offset: number): void {
     if (offset > cluster.end(placeOf({ topic: FROM, partition }))) simulation.violate("the group keeps what is not there");
+    reached.set(partition, Math.max(offset, reached.get(partition) ?? 0));
     if (wentBack) return;
     const done = [...written(), ...cluster.decided(TO).map(textOf)];
     for (const record of visible) {
@@ -264,7 +266,7 @@ export async function playFromKafka(simulation: Simulation, kind: FromKafka): Pr
     if (simulation.chance(restless)) process.later(simulation.between(500, 12_000), () => leave.abort());
     // Those that come and go all the time would keep the others from getting on.
     const drain = drains && (places === 1 || raging);
-    const before = [...visible];
+    const before = visible.filter(({ partition, offset }) => offset < cluster.end(placeOf({ topic: FROM, partition })));
     const client = modelClient(simulation, process, cluster, faults.calls);
     const { runtime } = process;
     const stop = AbortSignal.any([signal, leave.signal]);
@@ -396,14 +398,11 @@ export async function playFromKafka(simulation: Simulation, kind: FromKafka): Pr
   await simulation.until(() => false, simulation.between(8000, 30_000));
   faults.end();
   raging = false;
-  const ends = (partition: number) =>
-    Math.max(-1, ...visible.filter((one) => one.partition === partition).map(({ offset }) => offset));
   const atRest = () => {
     if (sent < total || target.underWay > 0) return false;
     const done = written();
     if (!visible.every(({ id }) => removed.has(id) || isOver(id, done))) return false;
-    const { kept } = cluster.group(GROUP);
-    return Array.from({ length: cluster.partitions(FROM) }, (_, i) => i).every((i) => (kept.get(i)?.offset ?? 0) > ends(i));
+    return visible.every(({ partition, offset }) => offset < (reached.get(partition) ?? 0));
   };
   // Who is paused wakes, and what is late arrives.
   await simulation.until(() => false, simulation.now + TIMES.pauseMs + 2500);

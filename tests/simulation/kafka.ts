@@ -270,8 +270,8 @@ const fetchedOf = (
 /** The place of a partition, by which the cluster knows it. */
 export const placeOf = ({ topic, partition }: Pick<KafkaRecord, "topic" | "partition">): string => `${partition} ${topic}`;
 
-/** How many entries of a log an answer has. */
-const MOST = 20;
+/** How many entries of a log an answer has: a takeover must not take longer the more there were. */
+const MOST = 100;
 
 /** The cluster as one process reaches it. */
 export function modelClient(
