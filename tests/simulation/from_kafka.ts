@@ -27,12 +27,12 @@ import { callSink, remoteStore, Rows, Target } from "./world.ts";
 
 /** What these stories are about, and how often. */
 export const FROM_KAFKA = {
-  "from kafka to handler": 7,
-  "from kafka to sqlite": 1,
-  "from kafka to kafka": 6,
-  "from kafka claimed never": 3,
-  "from kafka claimed never, asking": 3,
-  "from kafka claimed same-key": 4,
+  "from kafka to handler": 12,
+  "from kafka to sqlite": 2,
+  "from kafka to kafka": 9,
+  "from kafka claimed never": 4,
+  "from kafka claimed never, asking": 4,
+  "from kafka claimed same-key": 5,
 } as const;
 
 /** One of them. */
@@ -132,8 +132,10 @@ export async function playFromKafka(simulation: Simulation, kind: FromKafka): Pr
   const parked = new Set<string>();
 
   const written = (): readonly string[] => claimed ? target.ledger.map(({ id }) => id) : toKafka ? records : table.written();
+  /** What happened, or is decided. */
+  const taken = (): readonly string[] => [...written(), ...cluster.decided(TO).map(textOf)];
   /** Whether nothing more is to be done for a record. */
-  function isOver(id: string, done = written()): boolean {
+  function isOver(id: string, done = taken()): boolean {
     const isDone = claimed ? rows.get({ scope: GROUP, key: id })?.state === "done" : done.includes(id);
     return isDone || buried.has(id) || parked.has(id);
   }
@@ -172,7 +174,7 @@ export async function playFromKafka(simulation: Simulation, kind: FromKafka): Pr
     if (offset > cluster.end(placeOf({ topic: FROM, partition }))) simulation.violate("the group keeps what is not there");
     reached.set(partition, Math.max(offset, reached.get(partition) ?? 0));
     if (wentBack) return;
-    const done = [...written(), ...cluster.decided(TO).map(textOf)];
+    const done = taken();
     for (const record of visible) {
       if (record.partition !== partition || record.offset >= offset || removed.has(record.id)) continue;
       if (!isOver(record.id, done)) simulation.violate(`the group is at ${offset}, and ${record.id} is not done`);
@@ -362,10 +364,10 @@ export async function playFromKafka(simulation: Simulation, kind: FromKafka): Pr
         if (of === partition && gone.has(offset) && (goesBack || !isOver(id))) removed.add(id);
       }
     } else if (!goesBack) {
-      const taken = claimed
+      const last = claimed
         ? cluster.group(GROUP).kept.get(partition)?.offset
         : positions.get(`cluster/${FROM}.${partition}`)! + 1;
-      const to = simulation.between(cluster.start(place), Math.max(taken || 0, cluster.start(place)));
+      const to = simulation.between(cluster.start(place), Math.max(last || 0, cluster.start(place)));
       simulation.log(() => `what is before ${to} of ${place} is deleted`);
       cluster.truncate(place, to);
     }

@@ -37,6 +37,10 @@ const sqlite = (name: string, from: string, to: string): Mutant => ({ name, file
 const kafka = (name: string, from: string, to: string, harmless?: string): Mutant => {
   return { name, file: "adapters/kafka.ts", from, to, harmless };
 };
+const source = (name: string, from: string, to: string, harmless?: string): Mutant => {
+  return { name, file: "adapters/kafka_source.ts", from, to, harmless };
+};
+const shards = (name: string, from: string, to: string): Mutant => ({ name, file: "adapters/shards.ts", from, to });
 const file = (name: string, from: string, to: string): Mutant => ({ name, file: "adapters/file.ts", from, to });
 
 /** All of them. */
@@ -314,6 +318,141 @@ export const mutants: readonly Mutant[] = [
     "await connection.begin(transactionalId(owner), transactionTimeoutMs);\n  const opened",
     "await connection.begin(`${transactionalId(owner)}-${crypto.randomUUID()}`, transactionTimeoutMs);\n  const opened",
   ),
+  // From Kafka.
+  source(
+    "a relay goes on with what it has read, though its sink is elsewhere",
+    `if (i < 0) return await begin(cursor);`,
+    `if (i < 0 && !base) return await begin(cursor);`,
+  ),
+  source(
+    "the group's place counts where the sink has one",
+    `reader.begin(place ? await behind(place, cursor.n) : await beginning());`,
+    `reader.begin(place && !kept ? await behind(place, cursor.n) : await beginning());`,
+  ),
+  source(
+    "a sink that has lost its position is taken to be where the group is",
+    `if (kept && (!noted || noted.n === 0)) {`,
+    `if (kept) {`,
+  ),
+  source(
+    "the last record that was taken is taken again",
+    `return Math.max(first, offset + 1);`,
+    `return Math.max(first, offset);`,
+  ),
+  source(
+    "who knows no place begins at the end",
+    `const chosen = start === "latest" && isNew ? end : first;`,
+    `const chosen = end;`,
+  ),
+  source(
+    "the group hears of a batch when it is sealed",
+    `taken = i;
+      return { batch, waitMs };`,
+    `taken = i;
+      note(partition, offset + 1, { n: batch.n });
+      return { batch, waitMs };`,
+  ),
+  source(
+    "the group hears of what was read, not of what was taken",
+    `if (reader.records.length > 0 || sealed.length > 0 || reader.next <= (shownUpTo ?? -1)) return;`,
+    `if (reader.next <= (shownUpTo ?? -1)) return;`,
+  ),
+  source(
+    "the group keeps the last that is done, whatever is before it",
+    `for (; done.delete(reader.records[count]?.offset ?? -1); count++) last = reader.records[count];`,
+    `for (; done.size > 0 && count < reader.records.length; count++) if (done.delete(reader.records[count]!.offset)) last = reader.records[count];`,
+  ),
+  source(
+    "what is read for another place counts",
+    `if (fetched && reader.next === wanted.get(partition)) reader.add(fetched);`,
+    `if (fetched) reader.add(fetched);`,
+  ),
+  source(
+    "what was read before stays when a relay begins elsewhere",
+    `this.records = [];
+    this.next = offset;`,
+    `this.next = offset;`,
+  ),
+  source("what has not been read yet is taken for nothing", `if (await lacks(taken)) return { waitMs: 0 };`, `check();`),
+  source(
+    "what comes behind a record that waits is taken before it",
+    `waitMs = until - runtime.now();
+          break;`,
+    `waitMs = until - runtime.now();
+          continue;`,
+  ),
+  source("what comes behind a call that waits is handed out", `if (message.key !== null) held.add(message.key);`, ``),
+  source("what was set aside is sealed again", `parked.add(offset);`, ``),
+  source(
+    "what a sink refused stays in its batch",
+    `sealed.length = 0;
+        taken = 0;
+        for (const park of parks) {`,
+    `for (const park of parks) {`,
+  ),
+  source(
+    "what is refused counts as done before it is in the dead-letter topic",
+    `if (deadLetter !== undefined) await bury(group, park);
+            await settle([offset]);`,
+    `await settle([offset]);
+            if (deadLetter !== undefined) await bury(group, park);`,
+  ),
+  source(
+    "what is refused is dropped",
+    `if (deadLetter !== undefined) await bury(group, park);
+            await settle`,
+    `await settle`,
+  ),
+  source(
+    "a place that is noted while others are kept is forgotten",
+    `if (dirty.get(partition) === place) dirty.delete(partition);`,
+    `dirty.delete(partition);`,
+  ),
+  source(
+    "what could not be kept is kept by the next generation",
+    `dirty.clear(); // What could not be kept is another member's by now.`,
+    ``,
+  ),
+  source(
+    "a member joins anew before it has finished what it has in hand",
+    `if (running.length > 0) return [];`,
+    ``,
+  ),
+  source(
+    "a member does not hear that it has to join anew",
+    `over = !await member.beat() || over || await hasGrown(found);`,
+    `await member.beat();`,
+  ),
+  source(
+    "a member that has not joined anew goes on in the generation before",
+    `over = !await member.beat() || over || await hasGrown(found);`,
+    `over = !await member.beat() || await hasGrown(found);`,
+  ),
+  source("partitions that are added are not found", `return found.count !== before;`, `return false;`),
+  source(
+    "a member that has lost a partition reads on",
+    `if (!assigned?.includes(partition)) throw lost();
+      reader.check();`,
+    `reader.check();`,
+  ),
+  source(
+    "a member that has lost a partition is told that it has it",
+    `if (!assigned?.includes(partition)) throw lost();
+        return original`,
+    `return original`,
+  ),
+  shards("a relay of a shard that is another's now is not stopped", `if (!mine.includes(shard)) stop.abort();`, ``),
+  shards(
+    "a shard has two relays",
+    `if (running.has(shard) || drained.has(shard) || over()) continue;`,
+    `if (drained.has(shard) || over()) continue;`,
+  ),
+  shards(
+    "a relay that was stopped counts as drained",
+    `if (drain && !stop.signal.aborted) drained.add(shard);`,
+    `if (drain) drained.add(shard);`,
+  ),
+  shards("a drain does not look for what others have left", `if (!await from.left()) break;`, `break;`),
   file("a torn write stays where it is", `if (!content.spoilt) await cut();`, `end = size;`),
   // A torn write whose position line is whole is rare, and so are files.
   {
