@@ -146,7 +146,10 @@ export async function playFromKafka(simulation: Simulation, kind: FromKafka): Pr
   }
 
   const initialMs = simulation.pick([0, 500]);
-  const expires = simulation.pick([0, 0, 0.3]);
+  /** Whether a group that knows no place begins with what comes from now on. */
+  const latest = simulation.chance(0);
+  const expires = latest ? 0 : simulation.pick([0, 0, 0.3]);
+  const goesBack = table.snapshot && !claimed && !toKafka && !latest && simulation.chance(0.3);
   const cluster = new Cluster(
     simulation,
     { [FROM]: partitions, [TO]: simulation.between(1, 2), [DEAD]: 1 },
@@ -172,6 +175,10 @@ export async function playFromKafka(simulation: Simulation, kind: FromKafka): Pr
   }
   function onKept(partition: number, offset: number): void {
     if (offset > cluster.end(placeOf({ topic: FROM, partition }))) simulation.violate("the group keeps what is not there");
+    // Here it has begun: what was there before is nothing to it.
+    if (latest && !reached.has(partition)) {
+      for (const record of visible) if (record.partition === partition && record.offset < offset) removed.add(record.id);
+    }
     reached.set(partition, Math.max(offset, reached.get(partition) ?? 0));
     if (wentBack) return;
     const done = taken();
@@ -181,6 +188,13 @@ export async function playFromKafka(simulation: Simulation, kind: FromKafka): Pr
     }
   }
 
+  const isOld = (id: string) => id.startsWith("old");
+  if (latest) {
+    for (let partition = 0; partition < partitions; partition++) {
+      const old = Array.from({ length: simulation.between(0, 2) }, (_, i) => encoder.encode(`old-${partition}-${i}`));
+      cluster.publish(old.map((value) => ({ topic: FROM, partition, key: null, value, headers: [] })));
+    }
+  }
   /** Why a message is refused; it must be one that can be seen. */
   function refuses(message: Message): unknown {
     const id = textOf(message);
@@ -189,6 +203,7 @@ export async function playFromKafka(simulation: Simulation, kind: FromKafka): Pr
       return record.id === id && record.partition === partition && record.offset === offset;
     });
     if (!isVisible) simulation.violate(`${id} was taken before it was committed, or was not`);
+    if (isOld(id)) simulation.violate(`${id} was there before the group, and was taken`);
     if (poison.has(id)) return rejected("refused for good");
     return raging && simulation.chance(flaky) ? new Error("a passing fault") : undefined;
   }
@@ -252,9 +267,9 @@ export async function playFromKafka(simulation: Simulation, kind: FromKafka): Pr
     return {
       ...sink,
       deliver(message, delivery) {
-        if (!visible.some(({ id }) => id === message.id)) {
-          simulation.violate(`${message.id} was taken before it was committed`);
-        }
+        const isVisible = visible.some(({ id }) => id === message.id);
+        if (!isVisible) simulation.violate(`${message.id} was taken before it was committed`);
+        if (isOld(message.id)) simulation.violate(`${message.id} was there before the group, and was taken`);
         return sink.deliver(message, delivery);
       },
     };
@@ -274,6 +289,7 @@ export async function playFromKafka(simulation: Simulation, kind: FromKafka): Pr
     const stop = AbortSignal.any([signal, leave.signal]);
     await using from = kafkaSource(client, {
       topic: FROM,
+      start: latest ? "latest" : "earliest",
       ...withDead ? { deadLetter: DEAD } : {},
       ...claimed || byItself ? { id: (message) => textOf(message) } : {},
       runtime,
@@ -339,11 +355,9 @@ export async function playFromKafka(simulation: Simulation, kind: FromKafka): Pr
   if (simulation.chance(0.1)) {
     simulation.at(simulation.between(500, 8000), () => {
       simulation.log(() => "a partition is added");
-      // Where positions are kept in Kafka, a person adds one there as well.
-      for (const topic of [`effectonce-cursor-cluster.${FROM}-${GROUP}`, FROM]) cluster.grow(topic, partitions + 1);
+      cluster.grow(FROM, partitions + 1);
     });
   }
-  const goesBack = table.snapshot && !claimed && !toKafka && simulation.chance(0.3);
   for (let times = simulation.between(0, 3); times > 0; times--) {
     simulation.at(simulation.between(0, 10_000), () => {
       for (let partition = 0; partition < cluster.partitions(FROM); partition++) {

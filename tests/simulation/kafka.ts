@@ -352,7 +352,10 @@ export function modelClient(
           },
           setting: (_, name) => Promise.resolve(name === "cleanup.policy" ? "compact" : undefined),
           create: (topic, { partitions = 1 }) => call(`create ${topic}`, () => cluster.grow(topic, partitions)),
-          grow: (topic, partitions) => call(`add partitions to ${topic}`, () => cluster.grow(topic, partitions)),
+          async grow(topic, partitions) {
+            await call(`add partitions to ${topic}`, () => cluster.grow(topic, partitions));
+            await look(topic);
+          },
           async read(topic, partition, from) {
             const place = placeOf({ topic, partition });
             const { records, next } = await call(`read ${topic} from ${from}`, () => cluster.fetch(place, from, MOST));
@@ -425,18 +428,32 @@ function memberOf(
       }),
     );
   }
+  /** Undefined where it has to begin anew. */
+  async function joinOnce(): Promise<readonly number[] | undefined> {
+    const id = me.id || await call("ask for an id in the group", () => group.invite(sessionMs));
+    const joined = await inside(`join the group with ${id}`, () => group.join(id, sessionMs));
+    if (!joined.done) return undefined;
+    const { number, members } = joined.value;
+    me = { id, number };
+    const made = members && await shares(members);
+    const synced = await inside(`ask for a share of generation ${number}`, () => group.sync(id, number, made));
+    return synced.done ? synced.value : undefined;
+  }
   return {
-    async join() {
-      for (;;) {
-        const id = me.id || await call("ask for an id in the group", () => group.invite(sessionMs));
-        const joined = await inside(`join the group with ${id}`, () => group.join(id, sessionMs));
-        if (!joined.done) continue;
-        const { number, members } = joined.value;
-        me = { id, number };
-        const made = members && await shares(members);
-        const synced = await inside(`ask for a share of generation ${number}`, () => group.sync(id, number, made));
-        if (synced.done) return synced.value;
+    async join(signal) {
+      while (!signal?.aborted) {
+        // Who waits for the others need not, but only if it is known to them.
+        const known = me.id;
+        const quit = () => void (known && call(`leave aside as ${known}`, () => group.leave(known)).catch(() => {}));
+        signal?.addEventListener("abort", quit);
+        try {
+          const share = await joinOnce();
+          if (share) return share;
+        } finally {
+          signal?.removeEventListener("abort", quit);
+        }
       }
+      return [];
     },
     async beat() {
       return (await inside("beat", () => group.beat(me.id, me.number))).done;
