@@ -239,6 +239,10 @@ interface Note {
   readonly place?: Place;
 }
 
+function groupOffset(offset: number, note: Note): GroupOffset {
+  return { offset, note: JSON.stringify({ effectonce: note }) };
+}
+
 function parseNote(note: string): Note | undefined {
   try {
     return (JSON.parse(note) as { readonly effectonce?: Note }).effectonce;
@@ -373,6 +377,8 @@ export function kafkaSource(client: KafkaSourceClient, options: KafkaSourceOptio
   /** Whether it has to join anew, once it has finished what it has in hand. */
   let over = false;
   let reading = false;
+  /** Whether every partition but those that were added later has a place in the group, or needs none. */
+  let begun = start === "earliest";
 
   async function open() {
     // What waits for records keeps nothing else waiting.
@@ -435,9 +441,23 @@ export function kafkaSource(client: KafkaSourceClient, options: KafkaSourceOptio
     }
   }
 
+  /**
+   * Whether it is settled where the group begins, if that is with what comes from now on: in all partitions at once, so that those
+   * without a place are such as were added later. Whoever has the first one says so, and the others wait.
+   */
+  async function hasBegun({ connection }: Opened, group: string): Promise<boolean> {
+    if (begun) return true;
+    const all = Array.from({ length: await connection.partitions(topic) }, (_, partition) => partition);
+    const kept = await Promise.all(all.map((partition) => connection.kept(group, topic, partition)));
+    begun = kept.some((place) => place !== undefined);
+    if (begun || !assigned?.includes(0)) return begun;
+    const ends = await Promise.all(all.map((partition) => connection.end(topic, partition)));
+    return begun = await member!.commit(new Map(ends.map((end, partition) => [partition, groupOffset(end, { n: 0 })])));
+  }
+
   /** Has the group keep a place, before long. */
   function note(partition: number, offset: number, kept: Note): void {
-    dirty.set(partition, { offset, note: JSON.stringify({ effectonce: kept }) });
+    dirty.set(partition, groupOffset(offset, kept));
   }
 
   /** Who writes into the dead-letter topic. */
@@ -539,13 +559,9 @@ export function kafkaSource(client: KafkaSourceClient, options: KafkaSourceOptio
         if (kept.offset > end && !accepted) throw diverged(`it ends at ${end}, and the group is at ${kept.offset}`);
         return Math.min(Math.max(kept.offset, first), end);
       }
-      // A partition that was added later is read from its beginning.
-      const places = Array.from({ length: count }, (_, other) => connection.kept(group, topic, other));
-      const isNew = (await Promise.all(places)).every((place) => place === undefined);
-      const chosen = start === "latest" && isNew ? end : first;
-      note(partition, chosen, { n: 0 });
-      if (start === "latest") await keep(); // What comes from now on is not to be missed.
-      return chosen;
+      // Also where it is to begin with what comes from now on: then this partition was added after the group had begun.
+      note(partition, first, { n: 0 });
+      return first;
     }
     async function begin(cursor: Position): Promise<void> {
       sealed.length = 0;
@@ -762,12 +778,13 @@ export function kafkaSource(client: KafkaSourceClient, options: KafkaSourceOptio
     async assign(relay, _, leaseMs, running, signal) {
       try {
         const found = await connected();
-        member ??= found.connection.member(options.group ?? relay, topic, Math.max(leaseMs, 6_000));
+        const group = options.group ?? relay;
+        member ??= found.connection.member(group, topic, Math.max(leaseMs, 6_000));
         if (assigned) {
           await keep();
           // Also while it finishes what it has in hand, so that it is not given up.
           over = !await member.beat() || over || await hasGrown(found);
-          if (!over) return assigned;
+          if (!over) return await hasBegun(found, group) ? assigned : [];
           // The others wait for it.
           if (running.length > 0) return [];
         }
@@ -775,7 +792,7 @@ export function kafkaSource(client: KafkaSourceClient, options: KafkaSourceOptio
         dirty.clear(); // What could not be kept is another member's by now.
         assigned = await member.join(signal);
         over = false;
-        return assigned;
+        return await hasBegun(found, group) ? assigned : [];
       } catch (error) {
         return await passing(Promise.reject(error));
       }
@@ -787,7 +804,7 @@ export function kafkaSource(client: KafkaSourceClient, options: KafkaSourceOptio
       assigned = undefined;
     },
     // Each partition that is drained is at the end that it had; what others have is theirs.
-    left: () => Promise.resolve(assigned === undefined || over),
+    left: () => Promise.resolve(assigned === undefined || over || !begun),
     async [Symbol.asyncDispose]() {
       const last = await opened?.catch(() => undefined);
       opened = undefined;
