@@ -147,7 +147,7 @@ export async function playFromKafka(simulation: Simulation, kind: FromKafka): Pr
 
   const initialMs = simulation.pick([0, 500]);
   /** Whether a group that knows no place begins with what comes from now on. */
-  const latest = simulation.chance(0);
+  const latest = simulation.chance(0.15);
   const expires = latest ? 0 : simulation.pick([0, 0, 0.3]);
   const goesBack = table.snapshot && !claimed && !toKafka && !latest && simulation.chance(0.3);
   const cluster = new Cluster(
