@@ -336,13 +336,14 @@ export const mutants: readonly Mutant[] = [
   ),
   source(
     "the last record that was taken is taken again",
-    `return Math.max(first, offset + 1);`,
+    `return Math.max(first, looked);`,
     `return Math.max(first, offset);`,
   ),
   source(
     "who knows no place begins at the end",
-    `const chosen = start === "latest" && isNew ? end : first;`,
-    `const chosen = end;`,
+    `note(partition, first, { n: 0 });
+      return first;`,
+    `return end;`,
   ),
   source(
     "the group hears of a batch when it is sealed",
@@ -412,6 +413,7 @@ export const mutants: readonly Mutant[] = [
     "what could not be kept is kept by the next generation",
     `dirty.clear(); // What could not be kept is another member's by now.`,
     ``,
+    "the group's place goes back: what comes again is known by its claim, or by the position in the sink",
   ),
   source(
     "a member joins anew before it has finished what it has in hand",
@@ -434,12 +436,22 @@ export const mutants: readonly Mutant[] = [
     `if (!assigned?.includes(partition)) throw lost();
       reader.check();`,
     `reader.check();`,
+    "its relay is stopped when it says the next time that it is alive; until then the sink or the claims shut it out",
   ),
   source(
-    "a member that has lost a partition is told that it has it",
-    `if (!assigned?.includes(partition)) throw lost();
-        return original`,
-    `return original`,
+    "where a group begins is up to each partition",
+    `begun = kept.some((place) => place !== undefined);`,
+    `begun = true;`,
+  ),
+  source(
+    "whoever comes first says where a group begins",
+    `if (begun || !assigned?.includes(0)) return begun;`,
+    `if (begun) return begun;`,
+  ),
+  source(
+    "a drain ends before it is settled where the group begins",
+    `assigned === undefined || over || !begun`,
+    `assigned === undefined || over`,
   ),
   shards("a relay of a shard that is another's now is not stopped", `if (!mine.includes(shard)) stop.abort();`, ``),
   shards(
