@@ -174,6 +174,28 @@ const COLUMNS: Readonly<Record<string, string>> = {
   sqlite: `select name, pk > 0 as is_key from pragma_table_info(?)`,
 };
 
+/**
+ * What a server says of a row that it will never take: data of the wrong kind, too long or missing, one that breaks a check, or is
+ * there. Not a foreign key: that row may be on its way. Class 22 and codes of 23 on PostgreSQL, numbers of MySQL and MariaDB, names of
+ * better-sqlite3, and numbers of node:sqlite.
+ * https://www.postgresql.org/docs/current/errcodes-appendix.html
+ * https://dev.mysql.com/doc/mysql-errors/en/server-error-reference.html
+ * https://www.sqlite.org/rescode.html
+ */
+const FOR_GOOD = [
+  /^(22...|23502|23505|23514)$/,
+  /^(1048|1062|1264|1265|1292|1364|1366|1406|3140|3819|4025)$/,
+  /^SQLITE_(MISMATCH|TOOBIG|CONSTRAINT_(PRIMARYKEY|UNIQUE|NOTNULL|CHECK|DATATYPE))$/,
+  /^(18|20|275|1299|1555|2067|3091)$/,
+];
+function isForGood(error: unknown): boolean {
+  const { code, errno, errcode } = error as Readonly<Record<string, unknown>>;
+  const [postgres, mysql, named, numbered] = FOR_GOOD as [RegExp, RegExp, RegExp, RegExp];
+  if (typeof errcode === "number") return numbered.test(String(errcode));
+  if (typeof errno === "number") return mysql.test(String(errno));
+  return typeof code === "string" && (postgres.test(code) || named.test(code));
+}
+
 /** Is in every text that has a number which {@linkcode exactly} looks for. */
 const LONG_NUMBER = /[\d.eE+-]{16}/;
 /** A number that has more digits than a number here keeps goes on as its text. */
@@ -263,7 +285,7 @@ function intoTable(
         await insert(run, [await newRowOf(run, message)]);
       } catch (error) {
         columns = undefined; // The table may have changed.
-        throw error;
+        throw isForGood(error) ? rejected(reason(error)) : error;
       }
     },
     async all(messages, _, client) {

@@ -64,15 +64,17 @@ Deno.test("by a function in a file, and by defineHandler with claims: each recor
   assertEquals((await db.sql("select count(*) as n from orders"))[0], { n: "10" });
 });
 
-for (const kind of ["postgres", "mysql", "mariadb", "sqlite"] as const) {
+for (const kind of ["postgres", "mysql", "mariadb", "sqlite", "node:sqlite"] as const) {
   Deno.test(`${kind}: fields of JSON go into columns: inserted, or put in the place of what has the primary key`, async () => {
     await using stack = new AsyncDisposableStack();
     const at: Box = stack.use(await emptyBox());
-    const db = kind === "sqlite" ? undefined : stack.use(await testDatabase(kind));
-    const url = db === undefined ? "sqlite:app.db" : db.url.replace(/^mysql:/, `${kind}:`);
+    const isFile = kind === "sqlite" || kind === "node:sqlite";
+    const db = isFile ? undefined : stack.use(await testDatabase(kind));
+    const file = kind === "sqlite" ? "sqlite:app.db" : "sqlite:app.db?driver=node";
+    const url = db === undefined ? file : db.url.replace(/^mysql:/, `${kind}:`);
     const sql = async (text: string) => db ? await db.sql(text) : at.sql(text);
     await at.ok(["init", "--store", url.split("?")[0]!]);
-    await sql("create table payments (id bigint primary key, total bigint, note varchar(99))");
+    await sql("create table payments (id bigint primary key, total bigint, note varchar(99) check (length(note) < 1000))");
     const [topic, dead] = [await makeTopic(BROKERS, { partitions: 2 }), await makeTopic(BROKERS)];
     const group = freshName("g");
     const parameter = url.includes("?") ? "&" : "?";
@@ -84,8 +86,6 @@ for (const kind of ["postgres", "mysql", "mariadb", "sqlite"] as const) {
         "--to",
         `${url}${parameter}table=payments${more}`,
         "--drain",
-        "--attempts",
-        "1",
         ...QUICK,
       ]);
     await produce(topic, ...payments(0, 30), { id: 30, total: 300, note: { deep: [1, "ü"] } });
@@ -94,12 +94,14 @@ for (const kind of ["postgres", "mysql", "mariadb", "sqlite"] as const) {
     assertEquals(await count(), [31, 4650]);
     assertEquals((await sql("select note from payments where id = 30"))[0]!["note"], '{"deep":[1,"ü"]}');
 
-    await produce(topic, { id: 1, total: 5 }, { id: 99, total: 1, colour: "red" }, "no JSON", "[1]", { id: 100, total: 1 });
+    await produce(topic, { id: 1, total: 5 }, { id: 99, total: 1, colour: "red" }, "no JSON", "[1]");
+    await produce(topic, { id: 100, total: 1 }, { id: 101, total: 1, note: "x".repeat(isFile ? 1001 : 100) });
     const refused = await run("");
     assertEquals(refused.code, 1, "some went to the dead-letter topic");
     assertEquals(await count(), [32, 4651]);
-    const reasons = (await readTopic(BROKERS, dead)).map(({ headers }) => headers["effectonce-error"]!);
-    assertEquals(reasons.length, 4);
+    const letters = await readTopic(BROKERS, dead);
+    const reasons = letters.map(({ headers }) => headers["effectonce-error"]!);
+    assertEquals(letters.map(({ headers }) => headers["effectonce-attempts"]), Array(5).fill("1"), reasons.join("; "));
     for (const [i, part] of ["1", 'its field "colour" is no column of payments', "no JSON", "no JSON object"].entries()) {
       assert(i === 0 || reasons.some((reason) => reason.includes(part)), `${part}: ${reasons}`);
     }
