@@ -141,7 +141,12 @@ const CLOCK = "(timestampdiff(microsecond, '1970-01-01', utc_timestamp(6)) div 1
 /** Identifiers and texts of an outbox may have so many characters; their columns have room for one more, to be refused. */
 const LONGEST = 255;
 
+/** Ends a connection that is silent for half a minute, as that of a relay that is stopped in the middle of a transaction. */
+const END_SILENCE = "set @effectonce_idle = @@session.wait_timeout, session wait_timeout = 30";
+const UNLIMIT_SILENCE = "set session wait_timeout = @effectonce_idle";
+
 const dialect: Dialect = {
+  endSilence: END_SILENCE,
   clock: CLOCK,
   text: (expression) => `cast(${expression} as char)`,
   time: (expression) => `date_format(${expression}, '%Y-%m-%dT%H:%i:%s.%fZ')`,
@@ -351,15 +356,21 @@ function createServer<Client>(pool: MysqlPool, options: MysqlOptions): SqlServer
         connected(async (connection) => {
           await connection.run("start transaction");
           const { check, unhook } = watch(connection.connection);
+          let after: string | undefined;
+          const sql = (text: string, values?: readonly SqlValue[]) => {
+            if (text === END_SILENCE) after = UNLIMIT_SILENCE;
+            return connection.run(text, values);
+          };
           try {
-            const answer = await run(connection.run as RunSql, connection.connection as Client);
+            const answer = await run(sql as RunSql, connection.connection as Client);
             check();
             unhook();
             await commit(connection, mayAgain);
+            if (after) await connection.run(after).catch(() => connection.connection.destroy());
             return answer;
           } catch (error) {
             unhook();
-            return await rollback(connection, error);
+            return await rollback(connection, error, after);
           }
         })
       ),

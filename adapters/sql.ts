@@ -105,6 +105,8 @@ export interface Dialect {
    * which the server is to end if whoever has it is silent for half a minute: it keeps the position from others.
    */
   advance?(positions: string, owner: readonly SqlValue[], next: Position, gone: number, own: boolean): Statement;
+  /** Says the same as `own` of `advance`, in a statement of its own. */
+  readonly endSilence?: string;
   /** The beginning of a DELETE, before `only`. */
   deleteFrom(table: string): string;
   /** Whether a subquery passes on large values without reading them. */
@@ -708,6 +710,7 @@ function handle(
               `select n, uid, prev, "rows" from ${tables.positions} where relay = ? and source = ? order by n desc limit 1`,
             values: owner,
           };
+          if (own && dialect.endSilence) await sql(dialect.endSilence);
           const look = dialect.advance?.(tables.positions, owner, next, n - RING, own !== undefined) ?? last;
           const [found] = await sql(look.sql, look.values);
           const stored = found && found["n"] !== null ? toPosition(found) : START;
