@@ -199,17 +199,19 @@ async function throughByHand(place: Place): Promise<void> {
 const AUTOCOMMIT = "kafka -> postgres, by hand, each by itself, at-least-once";
 const DEDUPED = "kafka -> postgres, by hand, each in a transaction with dedupe";
 const BATCHED = "kafka -> postgres, by hand, 500 rows and the offset a transaction";
+const TABLE = "kafka -> postgres, ?table=, exactly-once";
 const THROUGH = "kafka -> kafka, by hand, transactions of 1000 by kafkajs";
 const CASES: Readonly<Record<string, { readonly against: string; run(place: Place): Promise<void> }>> = {
   [AUTOCOMMIT]: { against: AUTOCOMMIT, run: autocommit },
   [DEDUPED]: { against: AUTOCOMMIT, run: deduped },
   [BATCHED]: { against: AUTOCOMMIT, run: batched },
-  "kafka -> postgres, ?table=, exactly-once": { against: BATCHED, run: oursByTable },
+  [TABLE]: { against: BATCHED, run: oursByTable },
   "kafka -> postgres, a handler with one INSERT, exactly-once": { against: DEDUPED, run: oursByHandler },
   [THROUGH]: { against: THROUGH, run: throughByHand },
   "kafka -> kafka, exactly-once": { against: THROUGH, run: through },
 };
 const ROUNDS = 3;
+const LARGE = 10;
 
 interface Measured {
   readonly seconds: number;
@@ -266,7 +268,7 @@ export async function kafkaFrom(_?: readonly string[], rows = 50_000): Promise<r
     for (const name of Object.keys(CASES)) measured[name] = await measure(cluster.brokers, name, rows);
     rounds.push(measured);
   }
-  return Object.entries(CASES).map(([name, { against }]) => {
+  const measured = Object.entries(CASES).map(([name, { against }]) => {
     const all = rounds.map((round) => round[name]!);
     return {
       ...{ case: name, rows, against },
@@ -275,6 +277,19 @@ export async function kafkaFrom(_?: readonly string[], rows = 50_000): Promise<r
       peakMb: Math.max(...all.map(({ peakMb }) => peakMb)),
     };
   });
+  // A large backlog, once.
+  const many = rows * LARGE;
+  const large: Record<string, Measured> = {};
+  for (const name of [BATCHED, TABLE]) large[name] = await measure(cluster.brokers, name, many);
+  return [
+    ...measured,
+    ...Object.entries(large).map(([name, { seconds, peakMb }]) => ({
+      ...{ case: `${name}, ${LARGE} times the backlog`, rows: many, peakMb },
+      against: `${BATCHED}, ${LARGE} times the backlog`,
+      rowsPerSecond: Math.round(many / seconds),
+      ratio: large[BATCHED]!.seconds / seconds,
+    })),
+  ];
 }
 
 if (import.meta.main) {
