@@ -1958,8 +1958,8 @@ async function deliverClaimed(
     o.emit({ type: "delivered", ...about(message), attempt, ms, found });
     return "next";
   }
-  async function setAside(message: Message, reason: string, doubt: boolean): Promise<Next> {
-    await park({ message, reason, retryMs: null });
+  async function setAside(message: Message, reason: string, doubt: boolean, attempts?: number): Promise<Next> {
+    await park({ message, reason, retryMs: null, ...attempts !== undefined && { attempts } });
     o.count(doubt ? "uncertain" : "parked");
     o.emit({ type: doubt ? "uncertain" : "parked", ...about(message), reason });
     return o.onPark === "block" ? "held" : "next";
@@ -2044,7 +2044,7 @@ async function deliverClaimed(
       }
       if (retryMs !== undefined) return await retry(message, reason, attempt, retryMs);
       if (state === "uncertain" && sink.reconcile) return "again";
-      return await setAside(message, reason, state === "uncertain");
+      return await setAside(message, reason, state === "uncertain", attempt);
     }
     if (!await complete({ key, fence, result })) return leaseLost(message);
     if (encodeResult(result).omitted) o.emit({ type: "result_omitted", ...about(message) });

@@ -151,7 +151,7 @@ export interface KafkaSourceOptions {
   readonly id?: (message: KafkaMessage) => string;
   /**
    * A topic for records that were refused for good, or too often: with their own headers, and `effectonce-topic`, `-partition`,
-   * `-offset`, `-group`, `-error` and, with a sink that keeps the position, `-attempts`. At least once: one that was set aside just before a crash may come twice.
+   * `-offset`, `-group`, `-error` and, where it was tried, `-attempts`. At least once: one that was set aside just before a crash may come twice.
    *
    * @default {undefined} A sink that keeps the position ends the relay with such a record; of one with claims the store tells.
    */

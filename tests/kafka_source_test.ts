@@ -239,7 +239,7 @@ Deno.test("a relay begins at the earliest record, at the latest if it is to, or 
 });
 
 Deno.test("a sink that is called: each record is claimed, and the group keeps the place", async () => {
-  const topic = await makeTopic(BROKERS, { partitions: 2 });
+  const [topic, deadLetter] = [await makeTopic(BROKERS, { partitions: 2 }), await makeTopic(BROKERS)];
   const store = memoryStore();
   const name = freshName("group");
   const got: string[] = [];
@@ -253,8 +253,11 @@ Deno.test("a sink that is called: each record is claimed, and the group keeps th
     },
   });
   await produce(topic, numbered(0, 20));
-  const report = await drained(topic, { name, to, store, onPark: "skip", lanes: 4 });
+  const report = await drained(topic, { name, to, store, onPark: "skip", lanes: 4, source: { deadLetter } });
   assertEquals([report.delivered, report.parked], [19, 1]);
+  const letters = await readTopic(BROKERS, deadLetter);
+  const told = letters.map(({ value, headers }) => [value, headers["effectonce-error"], headers["effectonce-attempts"]]);
+  assertEquals(told, [["7", "never", "1"]]);
   assertEquals(got.map(Number).toSorted((a, b) => a - b), Array.from({ length: 20 }, (_, i) => i).filter((i) => i !== 7));
   for (let k = 0; k < 7; k++) {
     const mine = got.map(Number).filter((n) => n % 7 === k);

@@ -160,7 +160,11 @@ export const mutants: readonly Mutant[] = [
   ),
   core("the rest of a key goes on when its first message is held back", `next === "held" ? Infinity : 1`, `1`),
   core("an answer that was overtaken by a settlement counts", `stale ||= gone.has(message.id) || heldBack.has(key);`, ``),
-  core("a parked message is dropped", `await park({ message, reason, retryMs: null });`, `await settle(message);`),
+  core(
+    "a parked message is dropped",
+    `await park({ message, reason, retryMs: null, ...attempts !== undefined && { attempts } });`,
+    `await settle(message);`,
+  ),
   core(
     "a message that must wait is dropped",
     `await park({ message, reason, retryMs });
