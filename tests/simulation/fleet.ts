@@ -17,6 +17,25 @@ export const TIGHT = { leaseMs: [100, 500], pauseMs: 600, lateMs: 400, settleMs:
 /** By then all must be over, after the faults. */
 const ENDS_MS = 300_000;
 
+/** How relays of a story go about it. */
+export function paceOf(
+  simulation: Simulation,
+  times: { readonly leaseMs: readonly [number, number]; readonly settleMs: number },
+) {
+  const leaseMs = simulation.between(...times.leaseMs);
+  const minRetryMs = simulation.between(1, 200);
+  return {
+    leaseMs,
+    minRetryMs,
+    maxRetryMs: minRetryMs + simulation.between(0, 1500),
+    attempts: simulation.between(2, 6),
+    lanes: simulation.between(1, 3),
+    batch: simulation.between(1, 4),
+    settleMs: times.settleMs,
+    pollMs: simulation.between(50, 500),
+  };
+}
+
 /** An atomic sink as one process reaches it. */
 export function remoteSink(process: Process, sink: AtomicSink, faults: () => Faults): AtomicSink {
   return {

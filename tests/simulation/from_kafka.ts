@@ -20,7 +20,7 @@ import { type KafkaMessage, kafkaSource } from "../../adapters/kafka_source.ts";
 import { memoryStore } from "../../adapters/memory.ts";
 import { relayShards } from "../../adapters/shards.ts";
 import { migrateSqlite, type SqliteClient, sqliteStore } from "../../adapters/sqlite.ts";
-import { chooseFaults, finish, isZombie, reach, remoteSink, supervise } from "./fleet.ts";
+import { chooseFaults, finish, isZombie, paceOf, reach, remoteSink, supervise } from "./fleet.ts";
 import { Cluster, modelClient, placeOf } from "./kafka.ts";
 import type { Process, Simulation } from "./scheduler.ts";
 import { callSink, remoteStore, Rows, Target } from "./world.ts";
@@ -90,18 +90,9 @@ export async function playFromKafka(simulation: Simulation, kind: FromKafka): Pr
   const claims = claimStore(rows);
   const byKey = !claimed && !toKafka && simulation.chance(0.3);
   const byItself = !claimed && simulation.chance(0.3);
-  const leaseMs = simulation.between(...TIMES.leaseMs);
-  const minRetryMs = simulation.between(1, 200);
   const shared = {
     name: GROUP,
-    leaseMs,
-    minRetryMs,
-    maxRetryMs: minRetryMs + simulation.between(0, 1500),
-    attempts: simulation.between(2, 6),
-    lanes: simulation.between(1, 3),
-    batch: simulation.between(1, 4),
-    settleMs: TIMES.settleMs,
-    pollMs: simulation.between(50, 500),
+    ...paceOf(simulation, TIMES),
     onPark: simulation.pick(["block", "block", "skip"] as const),
   };
   let raging = true;

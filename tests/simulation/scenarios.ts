@@ -28,7 +28,7 @@ import { kafkaSink } from "../../adapters/kafka.ts";
 import { memoryOutbox, memoryStore } from "../../adapters/memory.ts";
 import { checkAdvance } from "../../adapters/shared.ts";
 import { migrateSqlite, type SqliteClient, sqliteOutbox, sqliteStore } from "../../adapters/sqlite.ts";
-import { chooseFaults, finish, isZombie, reach, remoteSink, supervise, TIGHT, TIMES } from "./fleet.ts";
+import { chooseFaults, finish, isZombie, paceOf, reach, remoteSink, supervise, TIGHT, TIMES } from "./fleet.ts";
 import { FROM_KAFKA, type FromKafka, playFromKafka } from "./from_kafka.ts";
 import { Cluster, modelClient } from "./kafka.ts";
 import { type Faults, type Process, Simulation, tameCrypto } from "./scheduler.ts";
@@ -265,18 +265,9 @@ async function playRelays(simulation: Simulation, kind: Kind, folder: string): P
   });
   /** What came out of an atomic sink, in order. */
   const records: string[] = [];
-  const leaseMs = simulation.between(times.leaseMs[0], times.leaseMs[1]);
-  const minRetryMs = simulation.between(1, 200);
   const shared = {
     name: SCOPE,
-    leaseMs,
-    minRetryMs,
-    maxRetryMs: minRetryMs + simulation.between(0, 1500),
-    attempts: simulation.between(2, 6),
-    lanes: simulation.between(1, 3),
-    batch: simulation.between(1, 4),
-    settleMs: times.settleMs,
-    pollMs: simulation.between(50, 500),
+    ...paceOf(simulation, times),
     onPark,
   };
 
