@@ -276,7 +276,12 @@ export const mutants: readonly Mutant[] = [
   core(
     "a relay goes on with its old session after a commit whose outcome is not known",
     `if (!(error instanceof Error && REFUSED in error)) throw error;`,
-    `if (!(error instanceof Error && REFUSED in error)) { sealed = await seal(); fresh = true; continue; }`,
+    `if (!(error instanceof Error && REFUSED in error)) {
+          await runtime.sleep(10);
+          sealed = await seal();
+          fresh = true;
+          continue;
+        }`,
   ),
   kafka(
     "a relay reads its cursor before it has shut out the one before",
