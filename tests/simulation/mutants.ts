@@ -482,7 +482,7 @@ export const mutants: readonly Mutant[] = [
       `if (line && last && await verify(last, at)) {`,
       `if (line && last) {`,
     ),
-    limit: 20_000,
+    limit: 40_000,
   },
 ];
 
