@@ -26,7 +26,7 @@ const to = kafkaSink(client);
 const report = await relay({ name: topic, from: memoryOutbox(store), to, drain: true });
 const from = kafkaSource(client, { topic });
 const handled = [];
-const into = handler(memoryStore(), async (message) => void handled.push(message.text()));
+const into = handler(memoryStore(), (message) => Promise.resolve(void handled.push(message.text())));
 await relayShards({ name: `${topic}-handled`, from, to: into, drain: true });
 await relayShards({ name: `${topic}-through`, from, to: kafkaSink(client, { topic: other }), drain: true });
 console.log(JSON.stringify({ report, handled }));
