@@ -233,7 +233,7 @@ function placeIn({ n, rows }: Position): Place | undefined {
   return { offset: Number(row[0]), stamp: row[1] };
 }
 
-/** What a group keeps with an offset; `n`: the last batch, where a sink keeps the position. */
+/** What a group keeps with an offset: the last record taken; `n`: the last batch, where a sink keeps the position. */
 interface Note {
   readonly n: number;
   readonly place?: Place;
@@ -530,14 +530,16 @@ export function kafkaSource(client: KafkaSourceClient, options: KafkaSourceOptio
       new EffectError("diverged", `Partition ${partition} of ${name} is not what it was: ${why}`);
 
     /** Where to go on behind a place, if it is still there. */
-    async function behind({ offset, stamp }: Place, n: number): Promise<number> {
+    async function behind({ offset, stamp }: Place): Promise<number> {
       const [first, end] = [await connection.start(topic, partition), await connection.end(topic, partition)];
       if (end <= offset) {
         if (accepted) return first;
         throw diverged(`it ends at ${end}, and record ${offset} was taken. Was the topic made anew?`);
       }
-      // What is behind the record may be none: the end of a transaction, for one, which the group has seen.
-      const looked = kept && noted?.n === n ? Math.max(kept.offset, offset + 1) : offset + 1;
+      // What is behind the record may be none: the end of a transaction, for one, which the group has seen. It has seen more where
+      // it speaks of another record: a database may have gone back.
+      const isKept = noted?.place?.offset === offset && noted.place.stamp === stamp;
+      const looked = isKept ? Math.max(kept!.offset, offset + 1) : offset + 1;
       if (first > looked && !accepted) {
         throw diverged(`records ${looked} to ${first - 1} were deleted before they were taken`);
       }
@@ -567,7 +569,7 @@ export function kafkaSource(client: KafkaSourceClient, options: KafkaSourceOptio
       sealed.length = 0;
       taken = 0;
       const place = placeIn(cursor);
-      reader.begin(place ? await behind(place, cursor.n) : await beginning());
+      reader.begin(place ? await behind(place) : await beginning());
       base = cursor;
       readAhead();
     }
@@ -578,12 +580,13 @@ export function kafkaSource(client: KafkaSourceClient, options: KafkaSourceOptio
       if (i < 0) return await begin(cursor);
       sealed.splice(0, i + 1);
       base = cursor;
-      const { offset } = placeIn(cursor)!;
+      const last = placeIn(cursor)!;
+      const { offset } = last;
       const past = reader.records.findIndex((record) => record.offset > offset);
       const count = past < 0 ? reader.records.length : past;
       reader.drop(count);
       taken -= count;
-      note(partition, offset + 1, { n: cursor.n });
+      note(partition, offset + 1, { n: cursor.n, place: last });
       for (const known of [parked, waiting]) for (const past of known.keys()) if (past <= offset) known.delete(past);
       readAhead();
     }
@@ -628,7 +631,7 @@ export function kafkaSource(client: KafkaSourceClient, options: KafkaSourceOptio
         if (!parked.has(record.offset)) messages.push(toMessage(topic, partition, record));
       }
       if (i === taken) {
-        seen(base!.n);
+        seen(base!.n, placeIn(base!));
         return { waitMs };
       }
       const prev = sealed.at(-1) ?? base!;
@@ -643,11 +646,11 @@ export function kafkaSource(client: KafkaSourceClient, options: KafkaSourceOptio
 
     // By claims: the group keeps the place behind which all is done.
     const done = new Set<number>();
-    let lastPlace: Place | undefined = noted?.place;
+    let lastPlace = noted?.n === 0 ? noted.place : undefined;
     async function beginByGroup(): Promise<void> {
       if (reader.next >= 0) return;
       // All before the group's offset is done; the place tells whether it is still the same topic.
-      reader.begin(noted?.place ? await behind(noted.place, 0) : await beginning());
+      reader.begin(lastPlace ? await behind(lastPlace) : await beginning());
       readAhead();
     }
     async function settle(offsets: readonly number[]): Promise<void> {

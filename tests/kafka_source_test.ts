@@ -380,6 +380,22 @@ Deno.test("a partition whose end is no record, and was deleted, is no other one"
   assertEquals(texts(), ["1", "2"]);
 });
 
+Deno.test("what a group has noted for another database, or the same before it went back, counts for nothing", async () => {
+  const topic = await makeTopic(BROKERS);
+  const [now, before] = [ledger(), ledger()];
+  const [name, group, others] = [freshName("relay"), freshName("group"), freshName("group")];
+  await produce(topic, [{ value: "0" }]);
+  await drained(topic, { name, to: before.to, source: { group: others } });
+  await produce(topic, [{ value: "1" }]);
+  await drained(topic, { name, to: before.to, source: { group: others } });
+  await drained(topic, { name, to: now.to, source: { group } });
+  await produce(topic, [{ value: "2" }]);
+  await drained(topic, { name, to: now.to, source: { group } });
+  // The second batch of one ends with record 2, which the group has noted, and of the other with record 1.
+  await drained(topic, { name, to: before.to, source: { group } });
+  assertEquals([now.texts(), before.texts()], [["0", "1", "2"], ["0", "1", "2"]]);
+});
+
 Deno.test("a relay that is told to end while the group waits for a dead member does not wait for it", async () => {
   const topic = await makeTopic(BROKERS, { partitions: 2 });
   const { to, texts } = ledger();

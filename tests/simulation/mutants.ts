@@ -335,8 +335,13 @@ export const mutants: readonly Mutant[] = [
   ),
   source(
     "the group's place counts where the sink has one",
-    `reader.begin(place ? await behind(place, cursor.n) : await beginning());`,
-    `reader.begin(place && !kept ? await behind(place, cursor.n) : await beginning());`,
+    `reader.begin(place ? await behind(place) : await beginning());`,
+    `reader.begin(place && !kept ? await behind(place) : await beginning());`,
+  ),
+  source(
+    "the group's place counts whatever record it follows",
+    `const isKept = noted?.place?.offset === offset && noted.place.stamp === stamp;`,
+    `const isKept = kept !== undefined;`,
   ),
   source(
     "a sink that has lost its position is taken to be where the group is",
