@@ -526,22 +526,25 @@ export function kafkaSource(client: KafkaSourceClient, options: KafkaSourceOptio
     let shownUpTo: number | undefined;
     let accepted = false;
 
-    const diverged = (why: string) =>
-      new EffectError("diverged", `Partition ${partition} of ${name} is not what it was: ${why}`);
+    /** What is missing may be another member's by now, who has taken it. */
+    const diverged = async (why: string) =>
+      await passing(member!.beat())
+        ? new EffectError("diverged", `Partition ${partition} of ${name} is not what it was: ${why}`)
+        : lost();
 
     /** Where to go on behind a place, if it is still there. */
     async function behind({ offset, stamp }: Place): Promise<number> {
       const [first, end] = [await connection.start(topic, partition), await connection.end(topic, partition)];
       if (end <= offset) {
         if (accepted) return first;
-        throw diverged(`it ends at ${end}, and record ${offset} was taken. Was the topic made anew?`);
+        throw await diverged(`it ends at ${end}, and record ${offset} was taken. Was the topic made anew?`);
       }
       // What is behind the record may be none: the end of a transaction, for one, which the group has seen. It has seen more where
       // it speaks of another record: a database may have gone back.
       const isKept = noted?.place?.offset === offset && noted.place.stamp === stamp;
       const looked = isKept ? Math.max(kept!.offset, offset + 1) : offset + 1;
       if (first > looked && !accepted) {
-        throw diverged(`records ${looked} to ${first - 1} were deleted before they were taken`);
+        throw await diverged(`records ${looked} to ${first - 1} were deleted before they were taken`);
       }
       const { records } = (await connection.fetch(topic, new Map([[partition, offset]]), WAIT_MS)).get(partition) ??
         { records: [] };
@@ -549,7 +552,7 @@ export function kafkaSource(client: KafkaSourceClient, options: KafkaSourceOptio
       // Compaction may have removed it.
       if (record?.offset === offset && (await placeOf(record)).stamp !== stamp) {
         if (accepted) return first;
-        throw diverged(`its record ${offset} is another one than that which was taken. Was the topic made anew?`);
+        throw await diverged(`its record ${offset} is another one than that which was taken. Was the topic made anew?`);
       }
       return Math.max(first, looked);
     }
@@ -558,7 +561,7 @@ export function kafkaSource(client: KafkaSourceClient, options: KafkaSourceOptio
       const [first, end] = [await connection.start(topic, partition), await connection.end(topic, partition)];
       // That of an ordinary consumer, or one that was chosen before: not that of a sink which has lost it.
       if (kept && (!noted || noted.n === 0)) {
-        if (kept.offset > end && !accepted) throw diverged(`it ends at ${end}, and the group is at ${kept.offset}`);
+        if (kept.offset > end && !accepted) throw await diverged(`it ends at ${end}, and the group is at ${kept.offset}`);
         return Math.min(Math.max(kept.offset, first), end);
       }
       // Also where it is to begin with what comes from now on: then this partition was added after the group had begun.
@@ -590,20 +593,20 @@ export function kafkaSource(client: KafkaSourceClient, options: KafkaSourceOptio
       for (const known of [parked, waiting]) for (const past of known.keys()) if (past <= offset) known.delete(past);
       readAhead();
     }
-    function check(): void {
+    async function check(): Promise<void> {
       if (!assigned?.includes(partition)) throw lost();
       reader.check();
       if (reader.outOfRange && reader.records.length === taken) {
-        throw diverged(`record ${reader.next} was deleted before it was taken`);
+        throw await diverged(`record ${reader.next} was deleted before it was taken`);
       }
       readAhead();
     }
     /** Waits a moment for what was there at the start; answers whether that is still to come. */
     async function lacks(from: number): Promise<boolean> {
       const yet = () => reader.records.length <= from && reader.next < target;
-      check();
+      await check();
       if (yet()) await reader.news;
-      check();
+      await check();
       return yet();
     }
     /** All that was read is taken: what comes behind the last record is none. */
@@ -716,7 +719,7 @@ export function kafkaSource(client: KafkaSourceClient, options: KafkaSourceOptio
         return original ? noted?.n ?? 0 : 0;
       },
       async seal(ring, limits) {
-        check();
+        await check();
         await follow(ring.at(-1) ?? START);
         let waitMs: number | null = null;
         if (sealed.length < 2) {
