@@ -562,6 +562,9 @@ export function kafkaSource(client: KafkaSourceClient, options: KafkaSourceOptio
       // That of an ordinary consumer, or one that was chosen before: not that of a sink which has lost it.
       if (kept && (!noted || noted.n === 0)) {
         if (kept.offset > end && !accepted) throw await diverged(`it ends at ${end}, and the group is at ${kept.offset}`);
+        if (kept.offset < first && !accepted) {
+          throw await diverged(`records ${kept.offset} to ${first - 1} were deleted before they were taken`);
+        }
         return Math.min(Math.max(kept.offset, first), end);
       }
       // Also where it is to begin with what comes from now on: then this partition was added after the group had begun.

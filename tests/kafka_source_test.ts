@@ -221,6 +221,20 @@ Deno.test("records that were deleted before they were taken end the relay; accep
   assertEquals(texts(), ["0", "1", "2", "6", "7"]);
 });
 
+Deno.test("so do those that were deleted before the first was taken, where the group has a place", async () => {
+  const topic = await makeTopic(BROKERS);
+  const { to, texts } = ledger();
+  const name = freshName("group");
+  await drained(topic, { name, to });
+  await produce(topic, numbered(0, 4));
+  await deleteRecords(BROKERS, topic, 2);
+  const error = await assertRejects(() => drained(topic, { name, to }), EffectError);
+  assertEquals(error.code, "diverged");
+  assertMatch(error.message, /records 0 to 1 were deleted before they were taken/);
+  await drained(topic, { name, to, acceptSource: () => Promise.resolve(true) });
+  assertEquals(texts(), ["2", "3"]);
+});
+
 Deno.test("a relay begins at the earliest record, at the latest if it is to, or where an ordinary consumer of the group was", async () => {
   const topic = await makeTopic(BROKERS);
   await produce(topic, numbered(0, 4));
