@@ -57,6 +57,12 @@ export interface OpenOptions {
    * @default {false}
    */
   readonly mayBeAway?: boolean;
+  /**
+   * Whether a value that does not fit its column is an error, also where the server would cut it.
+   *
+   * @default {false} As the server is set.
+   */
+  readonly strict?: boolean;
 }
 
 /** One thing that `doctor` looked at. */

@@ -47,7 +47,10 @@ export function mysqlSchemaOf(label: string, url: string): string {
   return mysqlSchema(read.scheme as MysqlFlavor, tables);
 }
 
-async function makePool({ host, port, user, password, database, tls, pool: connectionLimit }: ServerUrl): Promise<OpenPool> {
+async function makePool(
+  { host, port, user, password, database, tls, pool: connectionLimit }: ServerUrl,
+  strict: boolean,
+): Promise<OpenPool> {
   const specifier = "npm:mysql2@^3.15.0/promise"; // Computed, so that only its users install it.
   const { default: mysql } = await import(specifier) as { default: { createPool(options: unknown): OpenPool } };
   const pool = mysql.createPool({
@@ -66,6 +69,7 @@ async function makePool({ host, port, user, password, database, tls, pool: conne
   pool.on("connection", (connection) => {
     connection.on("error", () => {}); // Of one that nobody uses: it has left the pool.
     connection.query("set session innodb_lock_wait_timeout = 5", () => {});
+    if (strict) connection.query("set session sql_mode = concat(@@session.sql_mode, ',STRICT_ALL_TABLES')", () => {});
   });
   return pool;
 }
@@ -92,11 +96,15 @@ const failure = (error: unknown): Failure =>
   });
 
 /** Opens one. */
-export async function openMysql(label: string, url: string, { mayBeAway = false }: OpenOptions): Promise<Database> {
+export async function openMysql(
+  label: string,
+  url: string,
+  { mayBeAway = false, strict = false }: OpenOptions,
+): Promise<Database> {
   const server = readServer(label, url, schemeOf(parts(label, url).scheme));
   const { name, tables } = server;
   need(`Opening ${name}`, server.net);
-  const pool = await makePool(server);
+  const pool = await makePool(server, strict);
   const end = () => endWithin(1_000, [pool.end()]);
   try {
     const away = await reach(name, mayBeAway, async () => (await pool.getConnection()).release(), failure);
