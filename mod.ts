@@ -1241,6 +1241,8 @@ export interface Park {
   readonly retryMs: number | null;
   /** How often it was tried, where that is known. */
   readonly attempts?: number;
+  /** No store tells of it: the claim of its id is another message's. */
+  readonly untold?: true;
 }
 
 /** How an outbox stands. */
@@ -1328,6 +1330,9 @@ export interface Outbox extends Source {
   prune(options: Omit<PruneOptions, "outboxes">): Promise<number>;
 }
 
+/** What makes a message the same as another one. */
+export type Comparable = Pick<Message, "topic" | "key" | "value" | "headers">;
+
 /** A source with a relay registered. */
 export interface SourceSession {
   /** The source's own identity, such as the outbox's UUID; that of its shard, where it has several. */
@@ -1347,6 +1352,12 @@ export interface SourceSession {
    * `waitMs`: when the next one will have waited long enough; null if none waits.
    */
   read(limits: ReadLimits): Promise<{ readonly messages: readonly Message[]; readonly waitMs: number | null }>;
+  /**
+   * What of a message must be the same whenever its id comes again.
+   *
+   * @default {undefined} Topic, key, value, and headers but for `traceparent`.
+   */
+  comparable?(message: Message): Comparable;
   /** These are delivered. */
   settle(messages: readonly Message[]): Promise<void>;
   /** These wait, or are parked. */
@@ -1887,7 +1898,7 @@ function grouped<A, B>(run: (items: readonly A[]) => Promise<readonly B[]>): (it
 }
 
 /** Identifies a relayed message: its bytes stay in the source. `traceparent` says who asked, not what for. */
-async function fingerprintOf({ topic, key, value, headers }: Message): Promise<string> {
+async function fingerprintOf({ topic, key, value, headers }: Comparable): Promise<string> {
   const rest = Object.fromEntries(Object.entries(headers).filter(([name]) => name.toLowerCase() !== "traceparent"));
   const head = encoder.encode(canonical([topic, key, value === null, rest]) + "\n");
   const bytes = new Uint8Array(head.length + (value?.length ?? 0));
@@ -1958,8 +1969,13 @@ async function deliverClaimed(
     o.emit({ type: "delivered", ...about(message), attempt, ms, found });
     return "next";
   }
-  async function setAside(message: Message, reason: string, doubt: boolean, attempts?: number): Promise<Next> {
-    await park({ message, reason, retryMs: null, ...attempts !== undefined && { attempts } });
+  async function setAside(
+    message: Message,
+    reason: string,
+    doubt: boolean,
+    more: Pick<Park, "attempts" | "untold"> = {},
+  ): Promise<Next> {
+    await park({ message, reason, retryMs: null, ...more });
     o.count(doubt ? "uncertain" : "parked");
     o.emit({ type: doubt ? "uncertain" : "parked", ...about(message), reason });
     return o.onPark === "block" ? "held" : "next";
@@ -2044,7 +2060,7 @@ async function deliverClaimed(
       }
       if (retryMs !== undefined) return await retry(message, reason, attempt, retryMs);
       if (state === "uncertain" && sink.reconcile) return "again";
-      return await setAside(message, reason, state === "uncertain", attempt);
+      return await setAside(message, reason, state === "uncertain", { attempts: attempt });
     }
     if (!await complete({ key, fence, result })) return leaseLost(message);
     if (encodeResult(result).omitted) o.emit({ type: "result_omitted", ...about(message) });
@@ -2053,7 +2069,7 @@ async function deliverClaimed(
 
   async function step(lane: Lane, message: Message): Promise<Next> {
     begun.add(message.id);
-    const fingerprint = await fingerprintOf(message);
+    const fingerprint = await fingerprintOf(source.comparable?.(message) ?? message);
     const since = runtime.now();
     const answer = await claim({ key: { scope: relay, key: message.id }, leaseMs: o.leaseMs, fingerprint, repeatWithinMs });
     switch (answer.state) {
@@ -2065,8 +2081,10 @@ async function deliverClaimed(
         return await reconcile(message, answer);
       case "rejected":
         return await setAside(message, answer.reason, false);
-      case "mismatch":
-        return await setAside(message, "the id was used before, with another topic, key, value or headers", false);
+      case "mismatch": {
+        const what = source.comparable ? "value" : "topic, key, value or headers";
+        return await setAside(message, `the id was used before, with another ${what}`, false, { untold: true });
+      }
       case "busy":
         // Another relay has it, or its row outlived a crash between recording a failure and postponing the message.
         begun.delete(message.id);

@@ -81,6 +81,8 @@ export interface TopicOptions {
 
 /** A cluster that is connected. It throws `sink_invalid` where the user may not do what it is to do. */
 export interface KafkaConnection {
+  /** Which cluster it is. */
+  clusterId(): Promise<string>;
   /** How many brokers there are. */
   brokers(): Promise<number>;
   /** The oldest version of Kafka that its brokers may be, as far as their protocol tells: such as `4.0`. */
@@ -326,6 +328,7 @@ function createRecords(
 ) {
   const { topic: fixed, createTopics = false, source = "effectonce", runtime = realRuntime } = options;
   const known = new Map<string, Topic>();
+  let cluster: string | undefined;
   let knownUntil = runtime.now() + METADATA_MS;
   /** Messages without a key go together, to one partition after the other. */
   let turn = Math.floor(runtime.random() * 1024);
@@ -361,6 +364,7 @@ function createRecords(
     /** The topics that messages go to. */
     async topicsOf(messages: readonly Message[]): Promise<Topics> {
       const found = new Map<string, Topic | string | Error>();
+      cluster ??= await connection.clusterId();
       for (const { topic: type } of messages) {
         const topic = fixed ?? type;
         if (found.has(topic)) continue;
@@ -380,6 +384,12 @@ function createRecords(
       if (found instanceof Error) throw found;
       if (typeof found === "string") {
         throw refusedMessage(origin, new Error(`topic "${topic}" does not exist in Kafka: ${found}`));
+      }
+      const read = (origin as FromKafka).kafka;
+      if (read && read.cluster === cluster && read.topic === topic) {
+        const why = `goes into ${topic}, the topic that is read: the relay would go round and round`;
+        if (!options.transform) throw new EffectError("sink_invalid", `Cannot relay into ${name}: what it gets ${why}`);
+        throw refusedMessage(origin, rejected(`what is made of it ${why}`));
       }
       // One that was a record goes on with its own bytes.
       const { kafka } = message as FromKafka;
@@ -451,6 +461,8 @@ function createRecords(
 /** A message that may have been a record, as `./kafka-source` makes them. */
 type FromKafka = Message & {
   readonly kafka?: Pick<KafkaRecord, "key"> & {
+    readonly cluster?: string;
+    readonly topic?: string;
     readonly headers: readonly (readonly [name: string, value: Uint8Array | null])[];
   };
 };

@@ -98,8 +98,6 @@ export interface KafkaMember {
 
 /** A cluster that is connected, for those who consume as well. */
 export interface KafkaSourceConnection extends KafkaConnection {
-  /** Which cluster it is. */
-  clusterId(): Promise<string>;
   /**
    * Reads committed records of partitions of a topic, each from an offset on. Waits until there are some, for so long at most.
    * Partitions that could not be read at the moment are left out.
@@ -144,7 +142,8 @@ export interface KafkaSourceOptions {
    */
   readonly start?: "earliest" | "latest";
   /**
-   * By what claims know a message; records of the same id have the same effect, once. Where it throws, the relay ends.
+   * By what claims know a message; records of the same id have the same effect, once: one of another value is refused. Where it
+   * throws, the relay ends.
    *
    * @default {topic, partition, offset and time of the record}
    */
@@ -153,7 +152,7 @@ export interface KafkaSourceOptions {
    * A topic for records that were refused for good, or too often: with their own headers, and `effectonce-topic`, `-partition`,
    * `-offset`, `-group`, `-error` and, where it was tried, `-attempts`. At least once: one that was set aside just before a crash may come twice.
    *
-   * @default {undefined} A sink that keeps the position ends the relay with such a record; of one with claims the store tells.
+   * @default {undefined} The relay ends with such a record, unless the store of its claims tells of it.
    */
   readonly deadLetter?: string;
   /** Time. */
@@ -166,7 +165,13 @@ export interface KafkaSourceOptions {
  */
 export interface KafkaMessage extends Message {
   /** The record as it was. */
-  readonly kafka: FetchedRecord & KafkaPartition;
+  readonly kafka: FetchedRecord & KafkaPlace;
+}
+
+/** A partition of a cluster. */
+export interface KafkaPlace extends KafkaPartition {
+  /** The cluster's own id. */
+  readonly cluster: string;
 }
 
 // ---------------------------------------------------------------------------------------------------------------- records
@@ -184,7 +189,8 @@ function textOf(key: Uint8Array): string {
   }
 }
 
-function toMessage(topic: string, partition: number, record: FetchedRecord, idOf?: KafkaSourceOptions["id"]): KafkaMessage {
+function toMessage(place: KafkaPlace, record: FetchedRecord, idOf?: KafkaSourceOptions["id"]): KafkaMessage {
+  const { topic, partition } = place;
   const { offset, timestamp, key, value, headers } = record;
   const fields = {
     id: `${topic}-${partition}-${offset}-${timestamp}`,
@@ -195,7 +201,7 @@ function toMessage(topic: string, partition: number, record: FetchedRecord, idOf
     time: new Date(timestamp),
   };
   const made = (fields: MessageFields): KafkaMessage =>
-    Object.assign(createMessage(fields), { kafka: { ...record, topic, partition } });
+    Object.assign(createMessage(fields), { kafka: { ...record, ...place } });
   const message = made(fields);
   if (!idOf) return message;
   try {
@@ -516,6 +522,7 @@ export function kafkaSource(client: KafkaSourceClient, options: KafkaSourceOptio
     const noted = kept && parseNote(kept.note);
     const waiting = new Map<number, number>();
     const of = `${cluster}/${topic}`;
+    const here = { cluster, topic, partition };
     /** The last batch that the sink has, as far as is known. */
     let base: Position | undefined;
     const sealed: Batch[] = [];
@@ -634,7 +641,7 @@ export function kafkaSource(client: KafkaSourceClient, options: KafkaSourceOptio
         }
         size += record.value?.length ?? 0;
         if (i > taken && size > bytes) break;
-        if (!parked.has(record.offset)) messages.push(toMessage(topic, partition, record));
+        if (!parked.has(record.offset)) messages.push(toMessage(here, record));
       }
       if (i === taken) {
         seen(base!.n, placeIn(base!));
@@ -649,6 +656,12 @@ export function kafkaSource(client: KafkaSourceClient, options: KafkaSourceOptio
       return { batch, waitMs };
     }
     const offsetOf = (message: Message): number => (message as KafkaMessage).kafka.offset;
+
+    function noWayPast({ message, reason }: Park): EffectError {
+      const where = `record ${offsetOf(message)} of partition ${partition} of ${name}`;
+      const why = `${reason}. Give it a dead-letter topic, to go on without what is refused`;
+      return new EffectError("rejected", `There is no way past ${where}: ${why}`);
+    }
 
     // By claims: the group keeps the place behind which all is done.
     const done = new Set<number>();
@@ -690,7 +703,7 @@ export function kafkaSource(client: KafkaSourceClient, options: KafkaSourceOptio
         let [size, waitMs] = [0, null as number | null];
         for (const record of reader.records) {
           if (done.has(record.offset)) continue;
-          const message = toMessage(topic, partition, record, options.id);
+          const message = toMessage(here, record, options.id);
           const until = waiting.get(record.offset);
           if (until !== undefined && until > runtime.now()) {
             waitMs = Math.min(waitMs ?? Infinity, until - runtime.now());
@@ -704,14 +717,16 @@ export function kafkaSource(client: KafkaSourceClient, options: KafkaSourceOptio
         }
         return { messages, waitMs };
       },
+      // Whoever sends something twice may give it another key of Kafka's, or other headers.
+      ...options.id && { comparable: ({ topic, value }) => ({ topic, key: null, value, headers: {} }) },
       settle: (messages) => settle(messages.map(offsetOf)),
       async park(parks) {
         for (const park of parks) {
           const offset = offsetOf(park.message);
           if (park.retryMs !== null) waiting.set(offset, runtime.now() + park.retryMs);
           else {
-            // The store tells of it as well.
             if (deadLetter !== undefined) await bury(group, park);
+            else if (park.untold) throw noWayPast(park);
             await settle([offset]);
           }
         }
@@ -742,11 +757,7 @@ export function kafkaSource(client: KafkaSourceClient, options: KafkaSourceOptio
             waiting.set(offset, runtime.now() + park.retryMs);
             continue;
           }
-          if (deadLetter === undefined) {
-            const where = `record ${offset} of partition ${partition} of ${name}`;
-            const why = `${park.reason}. Give it a dead-letter topic, to go on without what is refused`;
-            throw new EffectError("rejected", `There is no way past ${where}: ${why}`);
-          }
+          if (deadLetter === undefined) throw noWayPast(park);
           await bury(group, park);
           parked.add(offset);
         }

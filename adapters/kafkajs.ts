@@ -755,8 +755,8 @@ function toFetched({ messages, abortedTransactions, lastStableOffset }: FetchedP
 
 /** CoordinatorType of the protocol. */
 const GROUP_COORDINATOR = 0;
-/** The name by which members agree on how partitions are shared out: a group has no other members. */
-const ASSIGNOR = "effectonce";
+/** The name by which members agree on how partitions are shared out: a group has no other members, and those read one topic. */
+const assignorOf = (topic: string): string => `effectonce:${topic}`;
 
 /** Asks the coordinator of a group, and again where it has moved. */
 async function atCoordinator<T>(cluster: Cluster, groupId: string, run: (broker: Broker) => Promise<T>): Promise<T> {
@@ -768,7 +768,7 @@ async function atCoordinator<T>(cluster: Cluster, groupId: string, run: (broker:
     const refused = (why: string) =>
       new EffectError("source_invalid", `Cannot join group "${groupId}": ${why}`, { cause: error });
     if (isOneOf(error, ["INCONSISTENT_GROUP_PROTOCOL"])) {
-      throw refused("it has consumers that are no effectonce. Give the relay a name of its own");
+      throw refused("it has consumers that read another topic, or are no effectonce. Give the relay a group of its own");
     }
     if (isOneOf(error, ["INVALID_SESSION_TIMEOUT"])) {
       const bounds = "group.min.session.timeout.ms to group.max.session.timeout.ms";
@@ -866,7 +866,7 @@ function openMember(
         const done = await inside(async (broker) => {
           const { generationId, memberId, leaderId, members } = await broker.joinGroup({
             ...{ groupId, memberId: me.memberId, sessionTimeout: sessionMs, rebalanceTimeout: sessionMs },
-            groupProtocols: [{ name: ASSIGNOR, metadata: subscription(topic) }],
+            groupProtocols: [{ name: assignorOf(topic), metadata: subscription(topic) }],
           });
           me = { groupId, generationId, memberId };
           const groupAssignment = memberId === leaderId ? await share(members.map(({ memberId }) => memberId)) : [];

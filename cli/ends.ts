@@ -3,14 +3,14 @@
  *
  * @module
  */
-import { type AtomicSink, type CallSink, type ClaimStore, type Outbox, rejected, type Source } from "../mod.ts";
-import type { Transform, Transformed } from "../adapters/kafka.ts";
+import type { AtomicSink, CallSink, ClaimStore, Outbox, Source } from "../mod.ts";
 import { kafkaLag, type KafkaMessage, type KafkaSource, kafkaSource } from "../adapters/kafka_source.ts";
 import type { Database } from "./database.ts";
 import { pageOf, reason, UsageError } from "./errors.ts";
+import { isRaw, parseExactly } from "./exact.ts";
 import type { Flags } from "./flags.ts";
 import { checkDatabaseSink, isDatabase, loadTransform, openDatabaseSink } from "./handlers.ts";
-import { type KafkaUrl, openKafkaSink, permitKafka, readKafka, readKafkaFrom } from "./kafka.ts";
+import { type KafkaFrom, type KafkaUrl, openKafkaSink, permitKafka, readKafka, readKafkaFrom } from "./kafka.ts";
 import { shellUrl } from "./mask.ts";
 import { openDatabase, openSink } from "./open.ts";
 import type { Advice } from "./show.ts";
@@ -42,6 +42,10 @@ export function planOf(flags: Flags): Plan {
   const scheme = parts(flags.label("to"), flags.url("to")!).scheme;
   if (!database && scheme !== "kafka" && flags.layer.get("handler")?.source === "flag") {
     throw new UsageError(`${flags.label("handler")} is for targets that are databases, or kafka:`);
+  }
+  if (scheme === "kafka" && flags.has("handler") && !readKafka(flags.label("to"), flags.url("to")!).transactions) {
+    const how = "leave transactions=off out";
+    throw new UsageError(`${flags.label("handler")} makes records in transactions, together with the position: ${how}`);
   }
   const sink = database ? undefined : openSink(flags);
   const repeats = sink?.kind === "call" && sink.repeat === "same-key";
@@ -79,6 +83,20 @@ export function planOf(flags: Flags): Plan {
   return { name: flags.layer.has("name") ? flags.text("name")! : group, flags, target: sink };
 }
 
+/** @throws {UsageError} If relays of one process would share records that each is to have. */
+export function checkGroups(plans: readonly Plan[]): void {
+  const known: { readonly name: string; readonly from: KafkaFrom }[] = [];
+  for (const { name, flags } of plans.filter(({ flags }) => isFromKafka(flags))) {
+    const from = readKafkaFrom(flags.label("from"), flags.url("from")!);
+    const other = known.find((one) => one.from.group === from.group && isSameCluster(one.from, from));
+    if (other) {
+      const why = `relay "${other.name}" has the same, and each of them would get a part of the records`;
+      throw new UsageError(`${flags.label("from")}: group=${from.group}: ${why}. Give each relay a group of its own`);
+    }
+    known.push({ name, from });
+  }
+}
+
 /** What `--effect-key` says an effect is known by. */
 function keyOf(flags: Flags): ((message: KafkaMessage) => string) | undefined {
   const text = flags.text("effect-key");
@@ -94,8 +112,9 @@ function keyOf(flags: Flags): ((message: KafkaMessage) => string) | undefined {
   return (message) => {
     const found = name.split(".").reduce<unknown>(
       (value, field) => typeof value === "object" && value !== null ? (value as Record<string, unknown>)[field] : undefined,
-      message.json(),
+      parseExactly(message.text()),
     );
+    if (isRaw(found)) return found.rawJSON;
     if (typeof found === "string" && found !== "" || typeof found === "number") return String(found);
     throw new Error(`its field ${name} is no text and no number`);
   };
@@ -104,22 +123,7 @@ function keyOf(flags: Flags): ((message: KafkaMessage) => string) | undefined {
 const isSameCluster = (a: Pick<KafkaUrl, "brokers">, b: Pick<KafkaUrl, "brokers">): boolean =>
   a.brokers.some((broker) => b.brokers.includes(broker));
 
-/** A function of the user's, which must not write what it will be given again. */
-async function loadOnward(flags: Flags): Promise<Transform> {
-  const transform = await loadTransform(flags.label("handler"), flags.text("handler")!);
-  if (!isFromKafka(flags)) return transform;
-  const from = readKafkaFrom(flags.label("from"), flags.url("from")!);
-  const to = readKafka(flags.label("to"), flags.url("to")!);
-  if (to.topic !== undefined || !isSameCluster(from, to)) return transform;
-  return async (message) => {
-    const made = await transform(message);
-    const all: readonly Transformed[] = made === null ? [] : "value" in made ? [made] : made;
-    if (all.every(({ topic = message.topic }) => topic !== from.topic)) return made;
-    throw rejected(`what is made of it goes into ${from.topic}, the topic that is read: the relay would go round and round`);
-  };
-}
-
-/** A relay from Kafka into Kafka must not read what it has written. */
+/** A relay from Kafka into Kafka must not read what it has written: as far as the URLs tell, the sink knows the rest. */
 function checkThrough(flags: Flags): void {
   const label = flags.label("to");
   const [from, to] = [readKafkaFrom(flags.label("from"), flags.url("from")!), readKafka(label, flags.url("to")!)];
@@ -151,7 +155,12 @@ export interface Ends {
 /** Opens the target of a relay, if that is yet to be done, and has it closed at the end. */
 export async function openTarget({ flags, target }: Plan, closing: AsyncDisposableStack): Promise<AtomicSink | CallSink> {
   if (target && parts(flags.label("to"), flags.url("to")!).scheme === "kafka" && flags.has("handler")) {
-    return openKafkaSink(flags.label("to"), flags.url("to")!, flags.on("create-topics"), await loadOnward(flags));
+    return openKafkaSink(
+      flags.label("to"),
+      flags.url("to")!,
+      flags.on("create-topics"),
+      await loadTransform(flags.label("handler"), flags.text("handler")!),
+    );
   }
   if (target) return target;
   const { sink, database } = await openDatabaseSink(flags);

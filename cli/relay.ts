@@ -16,7 +16,7 @@ import { relayShards, type ShardedOutbox, type ShardsOptions } from "../adapters
 import type { Command } from "./command.ts";
 import { effectiveConfig, relaysOf } from "./config.ts";
 import { confirmed } from "./cursor.ts";
-import { blaming, type Ends, openEnds, openTarget, type Plan, planOf } from "./ends.ts";
+import { blaming, checkGroups, type Ends, openEnds, openTarget, type Plan, planOf } from "./ends.ts";
 import { codeOf, reason, UsageError } from "./errors.ts";
 import type { Flags } from "./flags.ts";
 import { listen, parseAddress } from "./listen.ts";
@@ -177,6 +177,7 @@ async function runRelays(command: Flags): Promise<number> {
     return 0;
   }
   const plans = relays.map(planOf).map((plan) => ({ ...plan, watch: new Watch(plan.name, plan.flags.number("ready-ms")!) }));
+  checkGroups(plans);
   const address = all.has("listen") ? parseAddress(all.label("listen"), all.text("listen")!) : undefined;
   for (const { flags } of plans) permitTarget(flags);
 

@@ -6,6 +6,7 @@
 import { Buffer } from "node:buffer";
 import { type Handler, type Json, type Message, rejected } from "../mod.ts";
 import { reason } from "./errors.ts";
+import { isRaw, parseExactly } from "./exact.ts";
 
 /** Which table, and what becomes of what is there or is no column. */
 export interface TableOptions {
@@ -65,25 +66,6 @@ const onConflict: Dialect["replacing"] = (keys, others) => {
 };
 
 // ----------------------------------------------------------------------------------------------------------------- numbers
-
-/** Is in every text that has a number of more digits than one here keeps. */
-const LONG_NUMBER = /[\d.eE+-]{16}/;
-interface RawNumber {
-  readonly rawJSON: string;
-}
-/** https://github.com/tc39/proposal-json-parse-with-source */
-const { rawJSON } = JSON as typeof JSON & { rawJSON(text: string): RawNumber };
-const isRaw = (value: unknown): value is RawNumber => typeof value === "object" && value !== null && "rawJSON" in value;
-
-/** JSON whose numbers keep their digits. */
-function parseExactly(text: string): Json {
-  if (!LONG_NUMBER.test(text)) return JSON.parse(text);
-  return JSON.parse(text, (_key: string, value: unknown, context?: { readonly source?: string }) => {
-    const source = context?.source;
-    const isLong = typeof value === "number" && source !== undefined && source.replace(/\D/g, "").length > 15;
-    return isLong ? rawJSON(source) : value;
-  });
-}
 
 /** The digits of a number. */
 function digitsOf(column: Column, field: Json): string | undefined {

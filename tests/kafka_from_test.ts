@@ -234,6 +234,43 @@ Deno.test("an effect is known by a header or a field of its record: what comes t
   assertUsage(await relay("g", "offset"), "--effect-key must be header:NAME or json:FIELD.FIELD");
 });
 
+Deno.test("an effect is known by all digits of a number, whatever headers say; another value under its key is told of", async () => {
+  await using target = new Target();
+  await using at = await emptyBox();
+  await at.ok(["init", "--store", "sqlite:claims.db"]);
+  const [topic, dead] = [await makeTopic(BROKERS), await makeTopic(BROKERS)];
+  const producer = kafkaOf(BROKERS).producer({ idempotent: true, maxInFlightRequests: 1 });
+  await producer.connect();
+  const send = (value: string, sent: string) => producer.send({ topic, messages: [{ value, headers: { sent } }] });
+  for (const [i, id] of ["9007199254740992", "9007199254740993", "9007199254740993"].entries()) {
+    await send(`{"order":{"id":${id}}}`, String(i));
+  }
+  const run = (more = "") =>
+    at.run([
+      ...["relay", "--from", from(topic, group, more), "--to", target.url, "--store", "sqlite:claims.db", "--drain"],
+      ...["--effect-key", "json:order.id", ...QUICK],
+    ]);
+  const group = freshName("g");
+  assertEquals(await run().then(({ code, stderr }) => [code, stderr]), [0, ""]);
+  assertEquals(target.asked.map(({ body }) => body), [
+    `{"order":{"id":9007199254740992}}`,
+    `{"order":{"id":9007199254740993}}`,
+  ]);
+  await send('{"order":{"id":9007199254740993},"total":1}', "3");
+  await send('{"order":{"id":7}}', "4");
+  await producer.disconnect();
+  const { code, stderr } = await run();
+  const why = "the id was used before, with another value";
+  assertEquals(
+    [code, stderr.includes(`no way past record 3 of partition 0 of kafka://${BROKERS}/${topic}: ${why}`)],
+    [1, true],
+    stderr,
+  );
+  assertEquals((await run(`&dead-letter=${dead}`)).code, 1, "one was set aside");
+  assertEquals((await readTopic(BROKERS, dead)).map(({ headers }) => headers["effectonce-error"]), [why]);
+  assertEquals(target.asked.length, 3);
+});
+
 Deno.test("over HTTP records that were deleted before they were taken end the relay; with --accept-source it goes on behind them (acceptance 26)", async () => {
   await using target = new Target();
   await using at = await emptyBox();
@@ -353,6 +390,54 @@ Deno.test("a function that writes into the topic that it is given is refused: it
   assertEquals(code, 1);
   assertMatch(stderr, /no way past record 0 .*: what is made of it goes into topic-.*, the topic that is read/);
   assertEquals((await readTopic(BROKERS, topic)).length, 3);
+});
+
+Deno.test("a relay that would read what it writes is refused, however the cluster is spelt", async () => {
+  await using at = await emptyBox();
+  const topic = await makeTopic(BROKERS);
+  await produce(topic, ...payments(0, 3));
+  await Deno.writeTextFile(at.path("echo.ts"), "export default ({ value }: { value: Uint8Array }) => ({ value });");
+  const other = `kafka://${BROKERS.replaceAll("127.0.0.1", "127.1")}`;
+  const run = (to: string, ...more: string[]) =>
+    at.run(["relay", "--from", from(topic, freshName("loop")), "--to", to, ...more, "--drain", ...QUICK]);
+  const why = `goes into ${topic}, the topic that is read: the relay would go round and round`;
+  const ends = async (to: string, says: string, ...more: string[]) => {
+    const { code, stderr } = await run(to, ...more);
+    assertEquals([code, stderr.includes(says)], [1, true], stderr);
+  };
+  await ends(`${other}/${topic}`, `Cannot relay into ${other}/${topic}: what it gets ${why}`);
+  await ends(other, `what is made of it ${why}`, "--handler", "echo.ts");
+  assertUsage(await run(`${other}?transactions=off`, "--handler", "echo.ts"), "--handler makes records in transactions");
+  assertEquals((await readTopic(BROKERS, topic)).length, 3);
+});
+
+Deno.test("two relays of one group do not share what each is to have: of two topics, and in one file", async () => {
+  await using at = await emptyBox();
+  await at.ok(["init", "--store", "sqlite:app.db"]);
+  at.sql("create table orders (id int)");
+  at.sql("create table refunds (id int)");
+  const [orders, refunds] = [await makeTopic(BROKERS, { partitions: 2 }), await makeTopic(BROKERS, { partitions: 2 })];
+  const group = freshName("billing");
+  await produce(orders, { id: 1 }, { id: 2 });
+  await produce(refunds, { id: 3 });
+  const line = (topic: string, table: string) => [
+    ...["relay", "--from", from(topic, group), "--to", `sqlite:app.db?table=${table}&unknown=ignore`, ...QUICK],
+  ];
+  const first = at.start([...line(orders, "orders"), "--json"]);
+  await first.event("delivered");
+  const says = `Cannot join group "${group}": it has consumers that read another topic, or are no effectonce.`;
+  assertFailure(await at.run([...line(refunds, "refunds"), "--drain"]), `${says} Give the relay a group of its own`);
+  await first.stop();
+  assertEquals((await at.run([...line(refunds, "refunds"), "--drain"])).code, 0);
+  assertEquals(at.sql("select id from refunds"), [{ id: 3 }]);
+  const relays = Object.fromEntries(
+    ["orders", "refunds"].map((to) => [to, { from: from(orders, group), to: `sqlite:app.db?table=${to}` }]),
+  );
+  await Deno.writeTextFile(at.path("effectonce.json"), JSON.stringify({ relays }));
+  assertUsage(
+    await at.run(["relay", "--config", "effectonce.json"]),
+    `effectonce.json: relays.refunds.from: group=${group}: relay "orders" has the same, and each of them would get a part`,
+  );
 });
 
 Deno.test("a column that a table gets while a relay runs is used from then on", async () => {

@@ -458,7 +458,7 @@ Deno.test("what is no place to read from is said in a sentence", async () => {
   await consumer.disconnect();
   assertMatch(
     mixed.message,
-    /Cannot join group ".*": it has consumers that are no effectonce\. Give the relay a name of its own/,
+    /Cannot join group ".*": it has consumers that read another topic, or are no effectonce\. Give the relay a group of its own/,
   );
   const long = await assertRejects(
     () => drained(topic, { name: freshName("group"), to, store: memoryStore(), leaseMs: 100_000_000 }),
