@@ -162,7 +162,7 @@ export const mutants: readonly Mutant[] = [
   core("an answer that was overtaken by a settlement counts", `stale ||= gone.has(message.id) || heldBack.has(key);`, ``),
   core(
     "a parked message is dropped",
-    `await park({ message, reason, retryMs: null, ...attempts !== undefined && { attempts } });`,
+    `await park({ message, reason, retryMs: null, ...more });`,
     `await settle(message);`,
   ),
   core(
@@ -408,6 +408,7 @@ export const mutants: readonly Mutant[] = [
   source(
     "what is refused counts as done before it is in the dead-letter topic",
     `if (deadLetter !== undefined) await bury(group, park);
+            else if (park.untold) throw noWayPast(park);
             await settle([offset]);`,
     `await settle([offset]);
             if (deadLetter !== undefined) await bury(group, park);`,
@@ -415,8 +416,8 @@ export const mutants: readonly Mutant[] = [
   source(
     "what is refused is dropped",
     `if (deadLetter !== undefined) await bury(group, park);
-            await settle`,
-    `await settle`,
+            else if`,
+    `if`,
   ),
   source(
     "a place that is noted while others are kept is forgotten",
