@@ -71,6 +71,8 @@ export interface Fetched {
   readonly next: number;
   /** There is no such offset: it is before the partition's first one, or behind its end. */
   readonly outOfRange: boolean;
+  /** Why it cannot be read, and will not be soon. */
+  readonly failure?: Error;
 }
 
 /** A place in a partition that a consumer group keeps. */
@@ -100,7 +102,7 @@ export interface KafkaMember {
 export interface KafkaSourceConnection extends KafkaConnection {
   /**
    * Reads committed records of partitions of a topic, each from an offset on. Waits until there are some, for so long at most.
-   * Partitions that could not be read at the moment are left out.
+   * Partitions that cannot be read at the moment are left out.
    */
   fetch(topic: string, from: ReadonlyMap<number, number>, waitMs: number): Promise<ReadonlyMap<number, Fetched>>;
   /** A member of a consumer group for a topic; it has not joined yet. `sessionMs`: after so long a silence it is given up. */
@@ -267,6 +269,8 @@ const LEAST_READY_BYTES = 65_536;
 const METADATA_MS = 60_000;
 /** How long brokers may be without a leader for a record that is set aside, in milliseconds. */
 const BURY_MS = 30_000;
+/** How much of a reason is noted with a record that is set aside, in characters. */
+const REASON_LENGTH = 1_000;
 /** How long a broker may wait for records. */
 const WAIT_MS = 250;
 
@@ -283,7 +287,7 @@ class Reader {
 
   /** Whether it is to be read on, where it may have so much ready. */
   wants(bytes: number): boolean {
-    return this.next >= 0 && !this.outOfRange && this.#bytes < bytes;
+    return this.next >= 0 && !this.outOfRange && !this.#failure && this.#bytes < bytes;
   }
   /** Begins at another place. */
   begin(offset: number): void {
@@ -292,7 +296,8 @@ class Reader {
     this.outOfRange = false;
     this.#bytes = 0;
   }
-  add({ records, next, outOfRange }: Fetched): void {
+  add({ records, next, outOfRange, failure }: Fetched): void {
+    if (failure) this.#failure = { error: failure };
     for (const record of records) {
       this.records.push(record);
       this.#bytes += sizeOf(record);
@@ -466,12 +471,21 @@ export function kafkaSource(client: KafkaSourceClient, options: KafkaSourceOptio
     dirty.set(partition, groupOffset(offset, kept));
   }
 
+  const noWayPast = ({ message, reason }: Pick<Park, "message" | "reason">): EffectError => {
+    const { partition, offset } = (message as KafkaMessage).kafka;
+    return new EffectError(
+      "rejected",
+      `There is no way past record ${offset} of partition ${partition} of ${name}: ${reason}`,
+    );
+  };
+  const noLetters = ({ message, reason }: Park) =>
+    noWayPast({ message, reason: `${reason}. Give it a dead-letter topic, to go on without what is refused` });
   /** Who writes into the dead-letter topic. */
   let producer: ReturnType<KafkaSourceConnection["begin"]> | undefined;
   let burying: Promise<void> = Promise.resolve();
   /** Puts a record into the dead-letter topic: one after the other, as their sequence numbers have it. */
   const bury = (group: string, park: Park): Promise<void> =>
-    burying = burying.catch(() => {}).then(() => buryNow(group, park));
+    burying = burying.catch(() => {}).then(() => passing(buryNow(group, park)));
   async function buryNow(group: string, { message, reason, attempts }: Park): Promise<void> {
     const { connection } = await connected();
     const count = await connection.partitions(deadLetter!);
@@ -479,7 +493,8 @@ export function kafkaSource(client: KafkaSourceClient, options: KafkaSourceOptio
       throw new EffectError("source_invalid", `The dead-letter topic "${deadLetter}" does not exist in Kafka: create it`);
     }
     const { topic, partition, offset, key, value, headers } = (message as KafkaMessage).kafka;
-    const origin = { topic, partition, offset, group, error: reason, ...attempts !== undefined && { attempts } };
+    const error = reason.slice(0, REASON_LENGTH).toWellFormed();
+    const origin = { topic, partition, offset, group, error, ...attempts !== undefined && { attempts } };
     const record = {
       topic: deadLetter!,
       partition: key ? partitionOf(key, count) : partition % count,
@@ -497,7 +512,8 @@ export function kafkaSource(client: KafkaSourceClient, options: KafkaSourceOptio
       producer = undefined;
       throw error;
     }
-    throw new Error(`The dead-letter topic "${deadLetter}" does not take record ${offset}: it is too large`);
+    const how = "with what is noted in its headers it is too large. Raise its max.message.bytes";
+    throw noWayPast({ message, reason: `${reason}; and the dead-letter topic "${deadLetter}" does not take it: ${how}` });
   }
 
   /** Lets the group keep places, for monitors and for those who have no other: one after the other, so that it does not go back. */
@@ -553,9 +569,9 @@ export function kafkaSource(client: KafkaSourceClient, options: KafkaSourceOptio
       if (first > looked && !accepted) {
         throw await diverged(`records ${looked} to ${first - 1} were deleted before they were taken`);
       }
-      const { records } = (await connection.fetch(topic, new Map([[partition, offset]]), WAIT_MS)).get(partition) ??
-        { records: [] };
-      const [record] = records;
+      const found = (await connection.fetch(topic, new Map([[partition, offset]]), WAIT_MS)).get(partition);
+      if (!found || found.failure) throw found?.failure ?? new Error(`record ${offset} cannot be read at the moment`);
+      const [record] = found.records;
       // Compaction may have removed it.
       if (record?.offset === offset && (await placeOf(record)).stamp !== stamp) {
         if (accepted) return first;
@@ -657,12 +673,6 @@ export function kafkaSource(client: KafkaSourceClient, options: KafkaSourceOptio
     }
     const offsetOf = (message: Message): number => (message as KafkaMessage).kafka.offset;
 
-    function noWayPast({ message, reason }: Park): EffectError {
-      const where = `record ${offsetOf(message)} of partition ${partition} of ${name}`;
-      const why = `${reason}. Give it a dead-letter topic, to go on without what is refused`;
-      return new EffectError("rejected", `There is no way past ${where}: ${why}`);
-    }
-
     // By claims: the group keeps the place behind which all is done.
     const done = new Set<number>();
     let lastPlace = noted?.n === 0 ? noted.place : undefined;
@@ -726,7 +736,7 @@ export function kafkaSource(client: KafkaSourceClient, options: KafkaSourceOptio
           if (park.retryMs !== null) waiting.set(offset, runtime.now() + park.retryMs);
           else {
             if (deadLetter !== undefined) await bury(group, park);
-            else if (park.untold) throw noWayPast(park);
+            else if (park.untold) throw noLetters(park);
             await settle([offset]);
           }
         }
@@ -757,7 +767,7 @@ export function kafkaSource(client: KafkaSourceClient, options: KafkaSourceOptio
             waiting.set(offset, runtime.now() + park.retryMs);
             continue;
           }
-          if (deadLetter === undefined) throw noWayPast(park);
+          if (deadLetter === undefined) throw noLetters(park);
           await bury(group, park);
           parked.add(offset);
         }

@@ -907,6 +907,8 @@ const ADMIN_MS = 10_000;
 /** How much of all partitions, and of one, is asked for at once: but for a first batch that is larger, which comes whole. */
 const FETCH_BYTES = 1_048_576;
 const PARTITION_BYTES = 262_144;
+/** For how long it is nothing to be told of that a partition cannot be read: its leader moves. */
+const UNREADABLE_MS = 5_000;
 /** ConfigResource.Type of the protocol. */
 const TOPIC_RESOURCE = 2;
 
@@ -1001,6 +1003,8 @@ async function openConnection(kafka: KafkajsKafka): Promise<KafkaSourceConnectio
     }));
     return answers.flat();
   }
+  /** Since when partitions cannot be read, for a reason that passes. */
+  const unreadable = new Map<string, number>();
   /** What can be read of partitions; where that of one cannot, each is asked for alone. */
   async function fetchAll(
     topic: string,
@@ -1013,6 +1017,7 @@ async function openConnection(kafka: KafkajsKafka): Promise<KafkaSourceConnectio
       for (const fetched of await fetch(topic, from, waitMs)) {
         const { partition } = fetched;
         const next = from.get(partition)!;
+        unreadable.delete(`${partition} ${topic}`);
         // What there is has a place in the answer only if it is asked for alone: others may have filled it.
         const cut = from.size > 1 && fetched.messages.length === 0 && Number(fetched.lastStableOffset) > next;
         if (!cut) all.set(partition, toFetched(fetched, next));
@@ -1021,19 +1026,24 @@ async function openConnection(kafka: KafkajsKafka): Promise<KafkaSourceConnectio
       return all;
     } catch (error) {
       if (isOneOf(error, FORBIDDEN)) throw explained(error);
-      if ((error as Error).name === "KafkaJSNotImplemented") {
-        throw new Error(`Topic ${topic} has compressed records that kafkajs cannot read: ${(error as Error).message}`);
-      }
       if (from.size > 1) {
         const each = Array.from(from, (one) => fetchAll(topic, new Map([one]), 0));
         return new Map((await Promise.all(each)).flatMap((one) => [...one]));
       }
-      if (isOneOf(error, ["OFFSET_OUT_OF_RANGE"])) {
-        return new Map(Array.from(from, ([partition, next]) => [partition, { records: [], next, outOfRange: true }]));
-      }
+      const [[partition, next]] = [...from] as [[number, number]];
+      const failed = { records: [], next, outOfRange: isOneOf(error, ["OFFSET_OUT_OF_RANGE"]) };
+      if (failed.outOfRange) return new Map([[partition, failed]]);
       await pause(50);
-      await cluster.refreshMetadata();
-      return new Map();
+      const { retriable = false, message } = error as Error & { readonly retriable?: boolean };
+      if (retriable) {
+        await cluster.refreshMetadata();
+        const place = `${partition} ${topic}`;
+        const since = unreadable.get(place) ?? performance.now();
+        unreadable.set(place, since);
+        if (performance.now() < since + UNREADABLE_MS) return new Map();
+      }
+      const where = `partition ${partition} of topic ${topic} from offset ${next} on`;
+      return new Map([[partition, { ...failed, failure: new Error(`${where}: ${message}`, { cause: error }) }]]);
     }
   }
 
@@ -1092,8 +1102,10 @@ async function openConnection(kafka: KafkajsKafka): Promise<KafkaSourceConnectio
     },
     start: (topic, partition) => offsetAt(topic, partition, { fromBeginning: true }),
     async read(topic, partition, from) {
-      const { records, next, outOfRange } = (await fetchAll(topic, new Map([[partition, from]]), 20)).get(partition) ??
-        { records: [], next: from, outOfRange: false };
+      const none: Fetched = { records: [], next: from, outOfRange: false };
+      const found = (await fetchAll(topic, new Map([[partition, from]]), 20)).get(partition) ?? none;
+      const { records, next, outOfRange, failure } = found;
+      if (failure) throw failure;
       if (outOfRange) {
         return { records: [], next: Math.max(from, await offsetAt(topic, partition, { fromBeginning: true })) };
       }

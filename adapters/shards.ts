@@ -95,8 +95,10 @@ export async function relayShards(options: ShardsOptions): Promise<RelayReport> 
       if (drain && !stop.signal.aborted) drained.add(shard);
     } catch (error) {
       // Who was too slow has lost its shard to another one.
-      const lost = error instanceof Error && "code" in error && error.code === "fenced";
-      if (lost) return;
+      const code = error instanceof Error && "code" in error ? error.code : undefined;
+      if (code === "fenced") return;
+      // It is another one's now, which finds out what could not be written down.
+      if (code === "busy" && stop.signal.aborted && !over()) return;
       failure ??= { error };
       end.abort();
     } finally {

@@ -1,10 +1,12 @@
 /** Kafka as a source, on a real broker. */
 import { assert, assertEquals, assertMatch, assertRejects } from "@std/assert";
 import { Buffer } from "node:buffer";
+import snappy from "kafkajs-snappy";
 import {
   AclOperationTypes,
   AclPermissionTypes,
   AclResourceTypes,
+  CompressionCodecs,
   CompressionTypes,
   Kafka,
   logLevel,
@@ -27,7 +29,7 @@ import { kafkajs } from "@effectonce/effectonce/kafkajs";
 import { memorySink, memoryStore } from "@effectonce/effectonce/memory";
 import { relayShards, type ShardsOptions } from "@effectonce/effectonce/shards";
 import { until } from "./cli_run.ts";
-import { deleteRecords, freshName, kafkaOf, makeTopic, readTopic, remakeTopic } from "./kafka/topics.ts";
+import { deleteRecords, freshName, kafkaOf, makeTopic, produceInJava, readTopic, remakeTopic } from "./kafka/topics.ts";
 import { startKafka } from "./services/kafka.ts";
 import { service } from "./services/mod.ts";
 
@@ -435,6 +437,66 @@ Deno.test("a relay that is told to end while the group waits for a dead member d
   await running;
   assert(performance.now() - start < 60_000, "it has waited for the dead member");
   await late.leave();
+});
+
+Deno.test("what cannot be decompressed is said, and holds up no other partition", async () => {
+  const topic = await makeTopic(BROKERS, { partitions: 2 });
+  await produceInJava(BROKERS, topic, "snappy", ["a", "b"]);
+  const admin = kafkaOf(BROKERS).admin();
+  await admin.connect();
+  const free = (await admin.fetchTopicOffsets(topic)).find(({ high }) => high === "0")?.partition ?? -1;
+  await admin.disconnect();
+  assert(free >= 0, "both records are in one partition");
+  await produce(topic, [{ partition: free, value: "c" }]);
+  const registered = CompressionCodecs[CompressionTypes.Snappy];
+  CompressionCodecs[CompressionTypes.Snappy] = () => ({
+    compress: () => Promise.reject(new Error("not needed")),
+    decompress: () => Promise.reject(new Error("there is no Snappy here")),
+  });
+  const to = memorySink();
+  const stop = new AbortController();
+  const failed = Promise.withResolvers<string>();
+  await using from = kafkaSource(clientOf(), { topic });
+  const running = relayShards({
+    ...{ ...QUICK, name: freshName("group"), from, to, store: memoryStore(), signal: stop.signal },
+    observe: (event) => void (event.type === "failed" && failed.resolve(event.reason)),
+  });
+  try {
+    const reason = `Kafka could not be read: partition ${
+      1 - free
+    } of topic ${topic} from offset 0 on: there is no Snappy here`;
+    assertEquals(await failed.promise, reason);
+    await until(() => Promise.resolve(to.messages.length === 1), 30_000);
+    CompressionCodecs[CompressionTypes.Snappy] = () => ({
+      compress: () => Promise.reject(new Error("not needed")),
+      decompress: (bytes: Uint8Array) => snappy().decompress(bytes),
+    });
+    await until(() => Promise.resolve(to.messages.length === 3), 30_000);
+  } finally {
+    stop.abort();
+    await running;
+    CompressionCodecs[CompressionTypes.Snappy] = registered;
+  }
+});
+
+Deno.test("a record that the dead-letter topic finds too large ends the relay with what to do; a long reason is cut", async () => {
+  const topic = await makeTopic(BROKERS);
+  const [deadLetter, larger] = await Promise.all(
+    [1_000, 20_000].map((bytes) => makeTopic(BROKERS, { settings: { "max.message.bytes": String(bytes) } })),
+  );
+  await produce(topic, [{ value: "x".repeat(900) }]);
+  const { to } = ledger(() => {
+    throw rejected("no ".repeat(10_000));
+  });
+  const options = { name: freshName("group"), to };
+  const error = await assertRejects(() => drained(topic, { ...options, source: { deadLetter } }), EffectError);
+  assertEquals(error.code, "rejected");
+  assertMatch(
+    error.message,
+    /no way past record 0 of partition 0 .*the dead-letter topic .* Raise its max\.message\.bytes$/,
+  );
+  assertEquals((await drained(topic, { ...options, source: { deadLetter: larger! } })).parked, 1);
+  assertEquals((await readTopic(BROKERS, larger!)).map(({ headers }) => headers["effectonce-error"]!.length), [1_000]);
 });
 
 Deno.test("what is no place to read from is said in a sentence", async () => {

@@ -142,6 +142,37 @@ onServers("the number of shards changes only while nothing is on its way", async
   assertInOrder(seen, 120);
 });
 
+onServers("a shard that cannot be opened, and goes to another relay, ends nothing", async (db) => {
+  const { migrate, store, outbox } = db.program(20);
+  await migrate({ shards: 2 });
+  await fill(db, 40);
+  const { shards, shard, assign, leave, name } = outbox();
+  const stop = new AbortController();
+  let mine = [0, 1];
+  const to = memorySink();
+  await relayShards({
+    name: "mail",
+    ...{ to, store: store(), signal: stop.signal },
+    from: {
+      name,
+      shards,
+      shard: (n, member) => {
+        const real = shard(n, member);
+        return n === 0 ? real : { ...real, open: () => Promise.reject(new EffectError("busy", "it is away")) };
+      },
+      async assign(relay, member, leaseMs, running, signal) {
+        await assign(relay, member, leaseMs, running, signal);
+        if (mine.length === 1 && running.length === 1 && to.messages.length > 0) stop.abort();
+        return mine;
+      },
+      leave,
+      left: () => Promise.resolve(true),
+    },
+    observe: ({ type }) => void (type === "failed" && (mine = [0])),
+  });
+  assert(to.messages.length > 0);
+});
+
 onServers("eight shards move between relays that come and go, and each key stays in order (acceptance 29)", async (db) => {
   const count = Deno.env.get("EFFECTONCE_LONG") ? 100_000 : 2_000;
   await db.program().migrate({ shards: 8 });

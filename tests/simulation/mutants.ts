@@ -408,7 +408,7 @@ export const mutants: readonly Mutant[] = [
   source(
     "what is refused counts as done before it is in the dead-letter topic",
     `if (deadLetter !== undefined) await bury(group, park);
-            else if (park.untold) throw noWayPast(park);
+            else if (park.untold) throw noLetters(park);
             await settle([offset]);`,
     `await settle([offset]);
             if (deadLetter !== undefined) await bury(group, park);`,
