@@ -1462,7 +1462,7 @@ export interface AtomicSession {
    * Commits a batch and its position, all or nothing.
    *
    * @throws {EffectError} `fenced` if the position is not the one before the batch.
-   * @throws {Error} As {@linkcode refusedMessage} if nothing was committed because of one message. Anything else: not known.
+   * @throws {Error} As {@linkcode refusedMessage} if nothing was committed because of a message. Anything else: not known.
    */
   commit(batch: Batch): Promise<void>;
   /** Lets go of what `open` took. */
@@ -1474,14 +1474,15 @@ export type Sink = CallSink | AtomicSink;
 
 const REFUSED: unique symbol = Symbol.for("effectonce.refused") as never;
 interface RefusedMessage extends Error {
-  readonly [REFUSED]: Message;
+  readonly [REFUSED]: Message | undefined;
 }
 
 /**
  * For atomic sinks: an error that says that nothing was committed, because of this message alone. A `cause` made by
- * {@linkcode rejected} parks it at once; any other is tried again.
+ * {@linkcode rejected} parks it at once; any other is tried again. Undefined: because of one that is not known, wherefore those of
+ * the batch come one by one.
  */
-export function refusedMessage(message: Message, cause: unknown): Error {
+export function refusedMessage(message: Message | undefined, cause: unknown): Error {
   return Object.assign(new Error(reasonOf(cause), { cause }), { [REFUSED]: message });
 }
 
@@ -1541,15 +1542,24 @@ export function handler<C>(
             if (error instanceof EffectError || store.isDatabaseFailure(error)) throw error;
           }
         }
-        await together(async (effects, client) => {
-          for (const message of batch.messages) {
-            try {
-              await handle(message, owner, effects, client);
-            } catch (error) {
-              throw store.isDatabaseFailure(error) ? error : refusedMessage(message, error);
+        let commits = false;
+        try {
+          await together(async (effects, client) => {
+            commits = false;
+            for (const message of batch.messages) {
+              try {
+                await handle(message, owner, effects, client);
+              } catch (error) {
+                throw store.isDatabaseFailure(error) ? error : refusedMessage(message, error);
+              }
             }
-          }
-        });
+            commits = batch.messages.length > 0;
+          });
+        } catch (error) {
+          if (!commits || error instanceof EffectError || store.isDatabaseFailure(error)) throw error;
+          // As of a constraint that is deferred.
+          throw refusedMessage(batch.messages.length === 1 ? batch.messages[0] : undefined, error);
+        }
       },
       close: () => Promise.resolve(),
     }),
@@ -2205,8 +2215,9 @@ const countOf = (position: CompactPosition): number => position.count ?? positio
 /** The sealed protocol: one batch after the other, each with its position. */
 async function deliverSealed(o: Settings, source: SourceSession, sink: AtomicSink): Promise<void> {
   const { name: relay, runtime } = o;
-  const limits = { rows: o.batch, bytes: o.batchBytes };
   const attempts = new Map<string, number>();
+  /** How many messages a batch has while one is refused: so many before it, or one where it is to be found; for how many more. */
+  let few = { rows: o.batch, left: 0 };
   let failures = 0;
   /** Since when it stands by. */
   let fencedSince: number | undefined;
@@ -2225,7 +2236,16 @@ async function deliverSealed(o: Settings, source: SourceSession, sink: AtomicSin
     }
   }
 
-  async function refused(ring: readonly Position[], message: Message, error: unknown): Promise<void> {
+  async function refused(ring: readonly Position[], { messages }: Batch, error: RefusedMessage): Promise<void> {
+    const message = error[REFUSED];
+    if (message) await refusedOne(ring, message, error.cause);
+    else await source.unseal(ring, []);
+    const before = message ? messages.indexOf(message) : 0;
+    if (!message) few = { rows: 1, left: messages.length };
+    else if (before > 0) few = { rows: before, left: before };
+    else few.left--;
+  }
+  async function refusedOne(ring: readonly Position[], message: Message, error: unknown): Promise<void> {
     const { id, topic, key, time } = message;
     const attempt = (attempts.get(id) ?? 0) + 1;
     const known = outcomeOf(error);
@@ -2247,7 +2267,8 @@ async function deliverSealed(o: Settings, source: SourceSession, sink: AtomicSin
   async function run(session: AtomicSession, ring: Position[]): Promise<void> {
     let idle = false;
     const seal = async () => {
-      const sealed = await source.seal(ring, limits);
+      const rows = few.left > 0 ? Math.min(few.rows, o.batch) : o.batch;
+      const sealed = await source.seal(ring, { rows, bytes: o.batchBytes });
       if (sealed.repaired.length > 0) {
         const ids = sealed.repaired.flatMap(({ rows }) => rows.map(([, id]) => id));
         o.emit({ type: "repaired", relay, batches: sealed.repaired.length, ids });
@@ -2284,13 +2305,14 @@ async function deliverSealed(o: Settings, source: SourceSession, sink: AtomicSin
         const error: unknown = committed.reason;
         if (!(error instanceof Error && REFUSED in error)) throw error;
         inFlight = undefined;
-        await refused(ring, (error as RefusedMessage)[REFUSED], error.cause);
+        await refused(ring, batch, error as RefusedMessage);
         sealed = await seal();
         fresh = true;
         continue;
       }
       ring.push(compact(batch));
       boundRing(ring);
+      few.left -= batch.messages.length;
       failures = 0;
       fencedSince = undefined;
       inFlight = undefined;

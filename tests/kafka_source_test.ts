@@ -479,6 +479,20 @@ Deno.test("what cannot be decompressed is said, and holds up no other partition"
   }
 });
 
+Deno.test("many records that are refused among others do not make these run again and again", async () => {
+  const [topic, deadLetter] = [await makeTopic(BROKERS), await makeTopic(BROKERS)];
+  await produce(topic, numbered(0, 300));
+  let runs = 0;
+  const { to, texts } = ledger((message) => {
+    runs++;
+    if (Number(message.text()) % 3 === 1) throw rejected("not that one");
+  });
+  const report = await drained(topic, { name: freshName("group"), to, source: { deadLetter }, batch: 300 });
+  assertEquals([report.delivered, report.parked], [200, 100]);
+  assertEquals(texts(), numbered(0, 300).map(({ value }) => value).filter((text) => Number(text) % 3 !== 1));
+  assert(runs < 3 * 300, `${runs} runs`);
+});
+
 Deno.test("a record that the dead-letter topic finds too large ends the relay with what to do; a long reason is cut", async () => {
   const topic = await makeTopic(BROKERS);
   const [deadLetter, larger] = await Promise.all(

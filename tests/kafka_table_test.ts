@@ -28,6 +28,7 @@ async function openTable(kind: Kind) {
       table: string,
     ) => ["relay", "--from", source, "--to", `${url}${url.includes("?") ? "&" : "?"}table=${table}`, ...QUICK],
     at,
+    dead,
     /** Each value is the text of a record. */
     async produce(...values: readonly string[]) {
       const producer = kafkaOf(BROKERS).producer({ idempotent: true, maxInFlightRequests: 1 });
@@ -202,4 +203,19 @@ Deno.test("postgres: a domain that is not null and has a default, and names with
     { id: 2, "what?": null, 'a"b': null, state: "old" },
   ]);
   assertMatch((await t.refused()).join(), /^\{"id":3.*domain state does not allow null values$/);
+});
+
+Deno.test("postgres: what a deferred constraint refuses is found among the others, which go on", async () => {
+  await using t = await openTable("postgres");
+  await t.sql("create table shops (id int primary key)");
+  await t.sql("insert into shops values (1)");
+  await t.sql("create table things (id int primary key, shop int references shops deferrable initially deferred)");
+  await t.produce(...Array.from({ length: 20 }, (_, id) => JSON.stringify({ id, shop: id === 5 || id === 11 ? 77 : 1 })));
+  const { code, stderr } = await t.at.run([...t.relay("things"), "--drain"]);
+  assertEquals([code, stderr], [1, ""]);
+  const [found] = await t.sql("select count(*) as n from things");
+  assertEquals(Number(found!["n"]), 18);
+  const letters = await readTopic(BROKERS, t.dead);
+  assertEquals(letters.map(({ value }) => JSON.parse(value!).id), [5, 11]);
+  for (const { headers } of letters) assertMatch(headers["effectonce-error"]!, /violates foreign key constraint/);
 });
