@@ -24,7 +24,8 @@ Deno.test("messages are handled all at once; where that fails each alone, and th
   await store.enqueue(...[1, 2, 3, 4, 5].map((n) => ({ id: `m${n}`, topic: "t", value: n })));
   const report = await relay({ from: memoryOutbox(store, { topics: ["t"] }), to, drain: true });
   assertEquals(report, { delivered: 4, parked: 1, uncertain: 0 });
-  assertEquals(calls, ["m1+m2+m3+m4", "m1", "m2", "m3", "m1+m2+m4+m5"]);
+  // Those before it come by themselves, so that another one that is refused does not make them run once more.
+  assertEquals(calls, ["m1+m2+m3+m4", "m1", "m2", "m3", "m1+m2", "m4+m5"]);
   const done = store.outbox().filter(({ topic }) => topic === "done").map(({ id }) => id);
   assertEquals(done, ["done-m1", "done-m2", "done-m4", "done-m5"]);
 });
