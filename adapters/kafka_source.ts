@@ -579,11 +579,18 @@ export function kafkaSource(client: KafkaSourceClient, options: KafkaSourceOptio
       }
       return Math.max(first, looked);
     }
-    /** Where to begin without a place in the sink. */
+    /** Where to begin without a place in the sink: where the group is, which may have had another sink. */
     async function beginning(): Promise<number> {
       const [first, end] = [await connection.start(topic, partition), await connection.end(topic, partition)];
-      // That of an ordinary consumer, or one that was chosen before: not that of a sink which has lost it.
-      if (kept && (!noted || noted.n === 0)) {
+      if (protocol === "sealed" && noted && noted.n > 0) {
+        if (!accepted) {
+          throw await diverged(
+            `the group is at ${kept!.offset}, behind batch ${noted.n}, and the target knows of no batch at all. Was it ` +
+              "emptied, or is it another one? To begin where the group is, set its offset there with Kafka's own tools",
+          );
+        }
+      } else if (noted?.place) return await behind(noted.place);
+      else if (kept) {
         if (kept.offset > end && !accepted) throw await diverged(`it ends at ${end}, and the group is at ${kept.offset}`);
         if (kept.offset < first && !accepted) {
           throw await diverged(`records ${kept.offset} to ${first - 1} were deleted before they were taken`);
@@ -675,11 +682,10 @@ export function kafkaSource(client: KafkaSourceClient, options: KafkaSourceOptio
 
     // By claims: the group keeps the place behind which all is done.
     const done = new Set<number>();
-    let lastPlace = noted?.n === 0 ? noted.place : undefined;
+    let lastPlace = noted?.place;
     async function beginByGroup(): Promise<void> {
       if (reader.next >= 0) return;
-      // All before the group's offset is done; the place tells whether it is still the same topic.
-      reader.begin(lastPlace ? await behind(lastPlace) : await beginning());
+      reader.begin(await beginning()); // All before the group's offset is done.
       readAhead();
     }
     async function settle(offsets: readonly number[]): Promise<void> {

@@ -83,7 +83,11 @@ function runOne(
     pollMs: flags.number("poll-ms"),
     onPark: topic ? "skip" : flags.text("on-park") as "block" | "skip" | undefined,
     acceptSource: flags.on("accept-source")
-      ? (reason) => confirmed(flags, `${reason} What was delivered and is in the outbox again will be delivered again`)
+      ? (reason) =>
+        confirmed(
+          flags,
+          `${reason} What was delivered and is ${topic ? "there" : "in the outbox"} again will be delivered again`,
+        )
       : undefined,
   };
   if (topic) return relayShared({ ...options, from: topic }, hearers);

@@ -254,6 +254,72 @@ Deno.test("a relay begins at the earliest record, at the latest if it is to, or 
   assertEquals(late.texts(), ["4", "5"], "what came after the first run, though nothing was taken in it");
 });
 
+Deno.test("a sink that knows of no batch while the group knows of some ends the relay: nothing is taken again, or left out, silently", async () => {
+  const topic = await makeTopic(BROKERS);
+  const [was, emptied, other, third] = [ledger(), ledger(), ledger(), ledger()];
+  const name = freshName("group");
+  const source = { start: "latest" } as const;
+  await drained(topic, { name, to: was.to, source });
+  await produce(topic, numbered(0, 4));
+  await drained(topic, { name, to: was.to, source });
+  assertEquals(was.texts(), ["0", "1", "2", "3"]);
+  for (const name_ of [name, freshName("relay")]) {
+    const options = { name: name_, to: emptied.to, source: { ...source, group: name } };
+    const error = await assertRejects(() => drained(topic, options), EffectError);
+    assertEquals(error.code, "diverged");
+    assertMatch(
+      error.message,
+      /the group is at 4, behind batch 1, and the target knows of no batch at all\. Was it emptied/,
+    );
+  }
+  assertEquals(emptied.texts(), []);
+  await drained(topic, { name, to: emptied.to, source, acceptSource: () => true });
+  assertEquals(emptied.texts(), ["0", "1", "2", "3"]);
+  // As the sentence has it, by Kafka's own tools: with no note.
+  await produce(topic, numbered(4, 6));
+  const admin = kafkaOf(BROKERS).admin();
+  await admin.connect();
+  await admin.setOffsets({ groupId: name, topic, partitions: [{ partition: 0, offset: "4" }] });
+  await admin.disconnect();
+  await drained(topic, { name, to: other.to, source });
+  assertEquals(other.texts(), ["4", "5"]);
+  // One that is called has claims, and the group keeps its place whatever the sink: also the other way round.
+  await produce(topic, numbered(6, 8));
+  const got: string[] = [];
+  const to = memorySink({
+    deliver(message) {
+      got.push(message.text());
+      return Promise.resolve(null);
+    },
+  });
+  await drained(topic, { name, to, store: memoryStore(), source });
+  assertEquals(got, ["6", "7"]);
+  await produce(topic, numbered(8, 9));
+  await drained(topic, { name, to: third.to, source });
+  assertEquals(third.texts(), ["8"]);
+});
+
+Deno.test("a group that goes on into a database where its calls have ended finds a topic that was made anew", async () => {
+  const topic = await makeTopic(BROKERS);
+  const { to, texts } = ledger();
+  const name = freshName("group");
+  await produce(topic, numbered(0, 2));
+  await drained(topic, { name, to: memorySink({ deliver: () => Promise.resolve(null) }), store: memoryStore() });
+  const connection = await clientOf().open();
+  const kept = await connection.kept(name, topic, 0);
+  await remakeTopic(BROKERS, topic);
+  await produce(topic, numbered(5, 8));
+  // Kafka forgets the places with a topic; a mirror, or whoever restores them, may not.
+  const member = connection.member(name, topic, 6_000);
+  await member.join();
+  assert(await member.commit(new Map([[0, kept!]])));
+  await member.leave();
+  await connection.close();
+  const error = await assertRejects(() => drained(topic, { name, to }), EffectError);
+  assertMatch(error.message, /its record 1 is another one than that which was taken/);
+  assertEquals(texts(), []);
+});
+
 Deno.test("a sink that is called: each record is claimed, and the group keeps the place", async () => {
   const [topic, deadLetter] = [await makeTopic(BROKERS, { partitions: 2 }), await makeTopic(BROKERS)];
   const store = memoryStore();

@@ -16,7 +16,7 @@ import {
   type Sink,
 } from "../../mod.ts";
 import { type KafkaRecord, kafkaSink, type KafkaSinkOptions } from "../../adapters/kafka.ts";
-import { type KafkaMessage, kafkaSource } from "../../adapters/kafka_source.ts";
+import { type GroupOffset, type KafkaMessage, kafkaSource } from "../../adapters/kafka_source.ts";
 import { memoryStore } from "../../adapters/memory.ts";
 import { relayShards } from "../../adapters/shards.ts";
 import { migrateSqlite, type SqliteClient, sqliteStore } from "../../adapters/sqlite.ts";
@@ -42,6 +42,9 @@ const GROUP = "relay";
 const [FROM, TO, DEAD] = ["orders", "out", "dead"];
 /** A member is given up after 6 seconds of silence: some pauses are longer. A target remembers for longer than five of them. */
 const TIMES = { leaseMs: [300, 1500], pauseMs: 9000, lateMs: 800, settleMs: 900, windowMs: 60_000 } as const;
+
+/** What a group keeps with a place that was chosen to begin with. */
+const CHOSEN = '{"effectonce":{"n":0}}';
 
 /** A record that readers may see. */
 interface Visible {
@@ -114,6 +117,8 @@ export async function playFromKafka(simulation: Simulation, kind: FromKafka): Pr
   const positions = new Map<string, number>();
   /** How far the group was in each partition: what is late may take it back. */
   const reached = new Map<number, number>();
+  /** Partitions of which the group has kept another place than one that was chosen to begin with. */
+  const settled = new Set<number>();
   const target = new Target(simulation, {
     dedupeWindowMs: deduping ? TIMES.windowMs : 0,
     refuses: (id) => poison.has(id),
@@ -164,10 +169,11 @@ export async function playFromKafka(simulation: Simulation, kind: FromKafka): Pr
       if (uid) advanced(source, Number(rows[0][0]));
     }
   }
-  function onKept(partition: number, offset: number): void {
+  function onKept(partition: number, { offset, note }: GroupOffset): void {
     if (offset > cluster.end(placeOf({ topic: FROM, partition }))) simulation.violate("the group keeps what is not there");
-    // Here it has begun: what was there before is nothing to it.
-    if (latest && !reached.has(partition)) {
+    // Here it has begun: what was there before is nothing to it. A choice that arrives late may be made once more.
+    if (note !== CHOSEN) settled.add(partition);
+    if (latest && !settled.has(partition)) {
       for (const record of visible) if (record.partition === partition && record.offset < offset) removed.add(record.id);
     }
     reached.set(partition, Math.max(offset, reached.get(partition) ?? 0));
@@ -293,6 +299,11 @@ export async function playFromKafka(simulation: Simulation, kind: FromKafka): Pr
       drain,
       signal: stop,
       runtime,
+      acceptSource(reason) {
+        // Before its first batch: as if it were another database.
+        if (!wentBack) simulation.violate(reason);
+        return true;
+      },
       observe(event: RelayEvent) {
         if (event.type === "parked" || event.type === "uncertain") parked.add(event.id);
       },
