@@ -117,8 +117,8 @@ export async function playFromKafka(simulation: Simulation, kind: FromKafka): Pr
   const positions = new Map<string, number>();
   /** How far the group was in each partition: what is late may take it back. */
   const reached = new Map<number, number>();
-  /** Partitions of which the group has kept another place than one that was chosen to begin with. */
-  const settled = new Set<number>();
+  /** Whose choice it is where the group begins, by partition; null once there was another place. */
+  const chosen = new Map<number, string | null>();
   const target = new Target(simulation, {
     dedupeWindowMs: deduping ? TIMES.windowMs : 0,
     refuses: (id) => poison.has(id),
@@ -169,11 +169,13 @@ export async function playFromKafka(simulation: Simulation, kind: FromKafka): Pr
       if (uid) advanced(source, Number(rows[0][0]));
     }
   }
-  function onKept(partition: number, { offset, note }: GroupOffset): void {
+  function onKept(partition: number, { offset, note }: GroupOffset, member: string): void {
     if (offset > cluster.end(placeOf({ topic: FROM, partition }))) simulation.violate("the group keeps what is not there");
-    // Here it has begun: what was there before is nothing to it. A choice that arrives late may be made once more.
-    if (note !== CHOSEN) settled.add(partition);
-    if (latest && !settled.has(partition)) {
+    // Here it has begun: what was there before is nothing to it. A choice of which a member has not heard it may make once more.
+    const by = note === CHOSEN ? member : null;
+    if (!chosen.has(partition)) chosen.set(partition, by);
+    if (chosen.get(partition) !== by) chosen.set(partition, null);
+    if (latest && (!reached.has(partition) || chosen.get(partition) !== null)) {
       for (const record of visible) if (record.partition === partition && record.offset < offset) removed.add(record.id);
     }
     reached.set(partition, Math.max(offset, reached.get(partition) ?? 0));

@@ -44,8 +44,8 @@ export interface GroupOptions {
   readonly initialMs: number;
   /** Asked when the last member has gone: whether what it keeps expires. */
   readonly expires: () => boolean;
-  /** Hears of each offset that is to be kept. */
-  readonly onKept: (partition: number, place: GroupOffset) => void;
+  /** Hears of each offset that is to be kept, and by whom. */
+  readonly onKept: (partition: number, place: GroupOffset, member: string) => void;
 }
 
 /** A group, which no process takes down with it. */
@@ -185,7 +185,7 @@ export class Group {
     if (this.#state === "completing") return not("outside");
     for (const [partition, place] of offsets) {
       this.#simulation.log(() => `the group is at ${place.offset} of partition ${partition}, ${place.note}`);
-      this.#options.onKept(partition, place);
+      this.#options.onKept(partition, place, id);
       this.kept.set(partition, place);
     }
     return done(null);
