@@ -582,6 +582,18 @@ function randomToken(): number {
   return high! % 2 ** 21 * 2 ** 32 + low!;
 }
 
+/** How often a connection that may not be silent for long says something while the application does not, in milliseconds. */
+const BEAT_MS = 5_000;
+
+/** Until the signal fires: for one that only a process that is stopped leaves silent. */
+async function keepAlive(run: Run, signal: AbortSignal): Promise<void> {
+  for (;;) {
+    await realRuntime.sleep(BEAT_MS, signal);
+    if (signal.aborted) return;
+    await run("select 1").catch(() => {}); // What is the matter is the application's to hear.
+  }
+}
+
 /** What the attempts at one transaction have in common. */
 interface Attempts {
   /** What tells of the attempts before whether their COMMIT has arrived: tokens of effects, and uids of positions. */
@@ -598,14 +610,15 @@ const CLAIMED = { state: "claimed", fence: 1, attempt: 1, generation: 1, request
 function handle(
   { dialect, tables }: Pick<SqlServer<unknown>, "dialect" | "tables">,
   sql: Run,
-  /** Of a transaction of the store's own; left out where one was joined, which is the application's. */
-  own?: Attempts,
+  /** Of a transaction of the store's own, and until when it is open; left out where one was joined, which is the application's. */
+  own?: Attempts & { readonly open: AbortSignal },
 ): { readonly effects: EffectTransaction; readonly guard: TransactionGuard } {
   const attempts: Attempts = own ?? { before: new Map(), mine: new Map() };
   const { clock, name, latest } = dialect;
   const { effects: table, columns: c } = tables;
   const guard = createGuard();
   const claimed = new Set<string>();
+  let beats = false;
   const insertOne = `insert into ${table} (scope, "key", fingerprint, request, token, changed_ms)
     values (?, ?, ?, ?, ?, ${clock})`;
   const select = `select ${COLUMNS.join(", ")}, token, ${clock} as now_ms from `;
@@ -721,6 +734,10 @@ function handle(
           const put = dialect.advance
             ? found!["put"] === true
             : await dialect.insertNew(sql, insert, [...owner, n, uid, prev, JSON.stringify(rows)], 1);
+          if (own && !beats) {
+            beats = true;
+            keepAlive(sql, own.open);
+          }
           if (!put) throw new EffectError("fenced", `Cannot commit batch ${n}: another owner has committed one meanwhile`);
           if (n <= RING || dialect.advance) return;
           await sql(`delete from ${tables.positions} where relay = ? and source = ? and n <= ?`, [...owner, n - RING]);
@@ -934,11 +951,16 @@ export function sqlStore<Client>(unchecked: SqlServer<Client>): EffectStore<Clie
           // Who did not get to its COMMIT has none.
           if (answer) { for (const [proof, key] of attempts.mine) attempts.before.set(proof, key); }
           attempts.mine.clear();
-          const { effects, guard } = handle(server, sql as Run, attempts);
-          const value = await run(effects, client);
-          guard.check();
-          answer = { value };
-          return value;
+          const over = new AbortController();
+          const { effects, guard } = handle(server, sql as Run, { ...attempts, open: over.signal });
+          try {
+            const value = await run(effects, client);
+            guard.check();
+            answer = { value };
+            return value;
+          } finally {
+            over.abort();
+          }
         }, () => attempts.mine.size > 0);
       } catch (error) {
         // The answer to an earlier COMMIT was lost on its way: its claim is there, so all of it is. The function may have failed

@@ -61,6 +61,26 @@ function gate(): { readonly passed: Promise<void>; readonly open: () => void } {
   return { passed: promise, open: () => resolve() };
 }
 
+// ---------------------------------------------------------------------------------------------------------- silence
+
+Deno.test("a transaction with a position is not ended by the server while its function waits for something else", async () => {
+  await Promise.all(ALL.map(async (kind) => {
+    await using db = await servers[kind]();
+    const pool = db.pool();
+    await db.migrate(pool);
+    const store = db.store(pool);
+    const owner = { relay: "r", source: "s" };
+    // Of half a minute 6 seconds are left, and for longer than those the function is silent.
+    const less = db.postgres ? "set local idle_in_transaction_session_timeout = 6000" : "set session wait_timeout = 6";
+    await store.transaction(async (effects, client) => {
+      await effects.advance(owner, { n: 1, uid: "u1", prev: "", rows: [] });
+      await (client as { query(sql: string): Promise<unknown> }).query(less);
+      await realRuntime.sleep(8_000);
+    });
+    assertEquals((await store.positions(owner)).length, 1, kind);
+  }));
+});
+
 // ------------------------------------------------------------------------------------------------------------- join
 
 class Undo extends Error {}
