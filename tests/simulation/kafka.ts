@@ -456,13 +456,16 @@ function memberOf(
       return [];
     },
     async beat() {
-      return (await inside("beat", () => group.beat(me.id, me.number))).done;
+      const { id, number } = me; // As it is sent: it may arrive in a later generation.
+      return (await inside("beat", () => group.beat(id, number))).done;
     },
     async commit(offsets) {
-      return (await inside("keep offsets", () => group.keep(me.id, me.number, offsets))).done;
+      const { id, number } = me;
+      return (await inside("keep offsets", () => group.keep(id, number, offsets))).done;
     },
     async leave() {
-      if (me.id !== "") await inside("leave the group", () => group.leave(me.id));
+      const { id } = me;
+      if (id !== "") await inside("leave the group", () => group.leave(id));
     },
   };
 }
