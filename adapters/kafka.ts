@@ -177,7 +177,7 @@ export interface Transformed {
   readonly headers?: Readonly<Record<string, string>>;
 }
 
-/** What becomes of a message: one record, several, or none. */
+/** What becomes of a message: one record, several, or none, which is null. Of anything else the message is refused. */
 export type TransformedAll = Transformed | readonly Transformed[] | null;
 
 /** Makes records of a message. */
@@ -475,6 +475,10 @@ async function transformed(message: Message, transform: Transform): Promise<read
   try {
     const answer = await transform(message);
     const all = answer === null ? [] : Array.isArray(answer) ? answer as readonly Transformed[] : [answer as Transformed];
+    // Not taken for none: one that has forgotten its `return` would pass all over.
+    if (all.some((one: unknown) => typeof one !== "object" || one === null)) {
+      throw new TypeError("the function has answered neither an object, nor a list of some, nor null");
+    }
     const { kafka } = message as FromKafka;
     return all.map(({ topic = message.topic, key, value, headers }, i) => {
       const fields = encodeMessage({

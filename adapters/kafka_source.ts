@@ -17,9 +17,10 @@
  *
  * const kafka = new Kafka({ brokers: ["127.0.0.1:9092"], logLevel: logLevel.NOTHING });
  * const store = postgresStore(new pg.Pool({ connectionString: "postgres://app@127.0.0.1/app" }));
+ * await using from = kafkaSource(kafkajs(kafka), { topic: "orders" });
  * await relayShards({
  *   name: "billing", // The consumer group.
- *   from: kafkaSource(kafkajs(kafka), { topic: "orders" }),
+ *   from,
  *   to: handler(store, async (message, effects, client) => {
  *     await client.query("insert into payments (id, amount) values ($1, $2)", [message.id, message.json<{ total: number }>().total]);
  *   }),
@@ -392,12 +393,19 @@ export function kafkaSource(client: KafkaSourceClient, options: KafkaSourceOptio
   let begun = start === "earliest";
 
   async function open() {
-    // What waits for records keeps nothing else waiting.
-    const [connection, fetching] = await Promise.all([client.open(), client.open()]);
-    const count = await connection.partitions(topic);
-    if (count > 0) return { connection, fetching, cluster: await connection.clusterId(), count, countedAt: runtime.now() };
-    await Promise.all([connection.close(), fetching.close()]);
-    throw new EffectError("source_invalid", `Topic "${topic}" does not exist in Kafka: create it`);
+    // Two: what waits for records keeps nothing else waiting.
+    const both = await Promise.allSettled([client.open(), client.open()]);
+    const made = both.flatMap((one) => one.status === "fulfilled" ? [one.value] : []);
+    try {
+      for (const one of both) if (one.status === "rejected") throw one.reason;
+      const [connection, fetching] = made as [KafkaSourceConnection, KafkaSourceConnection];
+      const count = await connection.partitions(topic);
+      if (count === 0) throw new EffectError("source_invalid", `Topic "${topic}" does not exist in Kafka: create it`);
+      return { connection, fetching, cluster: await connection.clusterId(), count, countedAt: runtime.now() };
+    } catch (error) {
+      await Promise.all(made.map((connection) => connection.close()));
+      throw error;
+    }
   }
   type Opened = Awaited<ReturnType<typeof open>>;
   const connected = (): Promise<Opened> =>

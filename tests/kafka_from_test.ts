@@ -337,14 +337,17 @@ Deno.test("a function makes of each record one, several or none, into topics tha
     const { id, total } = message.json<any>();
     if (id === 3) throw new Error("not that one");
     if (id === 4) return null;
+    if (id === 6) return;
+    if (id === 7) return { topic: "${large}" };
+    if (id === 8) return [null];
     const large = { topic: "${large}", key: "by-" + id, value: { total } };
     return id % 2 ? large : [{ topic: "${small}", value: String(total), headers: { h: "1" } }, large];
   });`,
   );
-  await produce(topic, ...payments(0, 6));
+  await produce(topic, ...payments(0, 9));
   const line = ["relay", "--from", from(topic, freshName("split"), `&dead-letter=${dead}`), "--to", `kafka://${BROKERS}`];
   const { code, stdout } = await at.run([...line, "--handler", "split.ts", "--attempts", "1", "--drain", ...QUICK]);
-  assertEquals(code, 1, "one was set aside");
+  assertEquals(code, 1, "some were set aside");
   assertMatch(stdout, new RegExp(`\\nsee why: they are in topic ${dead}, with the reason in their headers\\n$`));
   const [inSmall, inLarge] = [await readTopic(BROKERS, small), await readTopic(BROKERS, large)];
   assertEquals(inSmall.map(({ key, value, headers }) => [key, value, headers["h"]]), [["k0", "0", "1"], ["k2", "20", "1"]]);
@@ -353,7 +356,14 @@ Deno.test("a function makes of each record one, several or none, into topics tha
     [0, 1, 2, 5].map((id) => [`by-${id}`, `{"total":${id * 10}}`]),
   );
   assertEquals(inLarge.map(({ headers }) => headers["effectonce-position"]), ["1", "2", "4", "5"]);
-  assertEquals((await readTopic(BROKERS, dead)).map(({ headers }) => headers["effectonce-error"]), ["not that one"]);
+  const nothing = "the function has answered neither an object, nor a list of some, nor null";
+  assertEquals(
+    (await readTopic(BROKERS, dead)).map(({ value, headers }) => [
+      JSON.parse(value!).id,
+      headers["effectonce-error"]!.split(": ").at(-1),
+    ]),
+    [[3, "not that one"], [6, nothing], [7, "its value must be JSON, a text or bytes"], [8, nothing]],
+  );
 });
 
 Deno.test("a topic that is given more partitions goes on into Kafka, and the topic of positions grows with it", async () => {

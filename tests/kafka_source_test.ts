@@ -579,6 +579,36 @@ Deno.test("a record that the dead-letter topic finds too large ends the relay wi
   assertEquals((await readTopic(BROKERS, larger!)).map(({ headers }) => headers["effectonce-error"]!.length), [1_000]);
 });
 
+Deno.test("what was opened is closed, also where something else could not be", async () => {
+  const topic = await makeTopic(BROKERS);
+  const name = freshName("group");
+  const { to } = ledger();
+  for (const fails of ["the second one", "no topic", undefined]) {
+    let [begun, open] = [0, 0];
+    const first = Promise.withResolvers<void>();
+    const client = {
+      async open() {
+        if (++begun === 2 && fails === "the second one") {
+          await first.promise;
+          throw new EffectError("source_invalid", fails);
+        }
+        const connection = await clientOf().open();
+        open++;
+        first.resolve();
+        return { ...connection, close: async () => (open--, await connection.close()) };
+      },
+    };
+    await using stack = new AsyncDisposableStack();
+    const from = stack.use(kafkaSource(client, { topic: fails === "no topic" ? freshName("none") : topic }));
+    const ends = relayShards({ ...QUICK, name, from, to, drain: true });
+    if (fails) await assertRejects(() => ends, EffectError);
+    else await ends;
+    if (!fails) assertEquals(open, 2);
+    await stack.disposeAsync();
+    assertEquals([begun, open], [2, 0], fails);
+  }
+});
+
 Deno.test("what is no place to read from is said in a sentence", async () => {
   const to = memorySink();
   const missing = freshName("missing");
