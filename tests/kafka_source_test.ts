@@ -293,7 +293,7 @@ Deno.test("a sink that knows of no batch while the group knows of some ends the 
     },
   });
   await drained(topic, { name, to, store: memoryStore(), source });
-  assertEquals(got, ["6", "7"]);
+  assertEquals(got.toSorted(), ["6", "7"]); // Of two keys.
   await produce(topic, numbered(8, 9));
   await drained(topic, { name, to: third.to, source });
   assertEquals(third.texts(), ["8"]);
