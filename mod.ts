@@ -2229,8 +2229,9 @@ async function deliverSealed(o: Settings, source: SourceSession, sink: AtomicSin
 
   function told(batch: Batch, ms: number, found: boolean): void {
     for (const { id, topic, key, time } of batch.messages) {
-      const attempt = (attempts.get(id) ?? 0) + 1;
-      attempts.delete(id);
+      const before = attempts.size === 0 ? undefined : attempts.get(id);
+      const attempt = (before ?? 0) + 1;
+      if (before !== undefined) attempts.delete(id);
       o.count("delivered");
       o.emit({ type: "delivered", relay, id, topic, key, time, attempt, ms, found });
     }

@@ -192,23 +192,29 @@ function textOf(key: Uint8Array): string {
   }
 }
 
-function toMessage(place: KafkaPlace, record: FetchedRecord, idOf?: KafkaSourceOptions["id"]): KafkaMessage {
-  const { topic, partition } = place;
+const NO_HEADERS: MessageFields["headers"] = Object.freeze({});
+
+function toMessage(
+  { cluster, topic, partition }: KafkaPlace,
+  record: FetchedRecord,
+  idOf?: KafkaSourceOptions["id"],
+): KafkaMessage {
   const { offset, timestamp, key, value, headers } = record;
   const fields = {
     id: `${topic}-${partition}-${offset}-${timestamp}`,
     topic,
     key: key && textOf(key),
     value,
-    headers: Object.fromEntries(headers.map(([name, value]) => [name, value === null ? "" : utf8.decode(value)])),
+    headers: headers.length === 0
+      ? NO_HEADERS
+      : Object.fromEntries(headers.map(([name, value]) => [name, value === null ? "" : utf8.decode(value)])),
     time: new Date(timestamp),
   };
-  const made = (fields: MessageFields): KafkaMessage =>
-    Object.assign(createMessage(fields), { kafka: { ...record, ...place } });
-  const message = made(fields);
+  const kafka = { cluster, topic, partition, offset, timestamp, key, value, headers };
+  const message = Object.assign(createMessage(fields), { kafka });
   if (!idOf) return message;
   try {
-    return made({ ...fields, id: idOf(message) });
+    return Object.assign(createMessage({ ...fields, id: idOf(message) }), { kafka });
   } catch (error) {
     const why = `record ${offset} of partition ${partition} of topic ${topic} has no id: ${(error as Error).message}`;
     throw new EffectError("source_invalid", `Cannot claim an effect: ${why}`, { cause: error });

@@ -296,12 +296,13 @@ export function intoTable(scheme: string, { table, upsert, ignoresUnknown }: Tab
   function rowOf(message: Message): Row {
     const text = message.text();
     const fields = fieldsOf(text);
-    const unknown = Object.keys(fields).find((name) => !columns!.some((column) => column.name === name));
-    if (unknown !== undefined) {
+    const used = columns!.filter(({ name }) => Object.hasOwn(fields, name));
+    const names = Object.keys(fields);
+    if (names.length > used.length) {
+      const unknown = names.find((name) => !used.some((column) => column.name === name));
       if (!ignoresUnknown) throw rejected(`its field "${unknown}" is no column of ${table}`);
       passedOver = true;
     }
-    const used = columns!.filter(({ name }) => Object.hasOwn(fields, name));
     if (used.length === 0) throw rejected(`none of its fields is a column of ${table}`);
     const values = used.map((column) => {
       const field = fields[column.name]!;
