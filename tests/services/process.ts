@@ -47,13 +47,19 @@ export interface Recipe {
 
 /** A port that nobody listens on at the moment. */
 export function freePort(): number {
+  const listener = listenAnywhere();
+  listener.close();
+  return listener.addr.port;
+}
+
+/** Listens on a port that nothing else listens on. */
+export function listenAnywhere(): Deno.TcpListener {
   for (;;) {
     // Not one that the system chooses: those serve as the near end of connections too, so a server that is down for a moment
     // might find its port taken. https://www.kernel.org/doc/html/latest/networking/ip-sysctl.html (ip_local_port_range)
     const port = 10_240 + Math.floor(Math.random() * 20_000);
     try {
-      Deno.listen({ hostname: "127.0.0.1", port }).close();
-      return port;
+      return Deno.listen({ hostname: "127.0.0.1", port });
     } catch (error) {
       if (!(error instanceof Deno.errors.AddrInUse)) throw error;
     }

@@ -4,7 +4,7 @@
  *
  * @module
  */
-import { freePort } from "./process.ts";
+import { listenAnywhere } from "./process.ts";
 
 /** Which way a chunk goes. */
 export type Direction = "toServer" | "toClient";
@@ -56,13 +56,13 @@ export function startProxy(
   options: ProxyOptions = {},
 ): Proxy {
   const { observe = () => "pass" } = options;
-  const port = freePort();
+  let listener: Deno.TcpListener | undefined = listenAnywhere();
+  const { port } = listener.addr;
   const links = new Set<Link>();
   const carried = new Set<Promise<void>>();
   const failures: unknown[] = [];
   let numbers = 0;
   let gate = Promise.withResolvers<void>();
-  let listener: Deno.TcpListener | undefined;
   let accepting: Promise<void> = Promise.resolve();
 
   function look(...chunk: Parameters<typeof observe>): Verdict {
@@ -134,7 +134,6 @@ export function startProxy(
     for (const link of links) close(link);
   }
 
-  listener = Deno.listen({ hostname: "127.0.0.1", port });
   accepting = accept(listener);
   return {
     port,
