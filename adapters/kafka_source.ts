@@ -793,8 +793,10 @@ export function kafkaSource(client: KafkaSourceClient, options: KafkaSourceOptio
         }
       },
       async adopt(ring) {
-        accepted = true;
-        if (protocol === "sealed") return await begin(ring.at(-1) ?? START);
+        if (protocol === "sealed") {
+          accepted = true; // This once.
+          return await begin(ring.at(-1) ?? START).finally(() => accepted = false);
+        }
         // Claims know what was done of what is still there.
         lastPlace = undefined;
         done.clear();
