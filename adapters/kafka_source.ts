@@ -595,16 +595,16 @@ export function kafkaSource(client: KafkaSourceClient, options: KafkaSourceOptio
     }
     /** Where to begin without a place in the sink: where the group is, which may have had another sink. */
     async function beginning(): Promise<number> {
+      const isLost = protocol === "sealed" && noted !== undefined && noted.n > 0;
+      if (isLost && !accepted) {
+        throw await diverged(
+          `the group is at ${kept!.offset}, behind batch ${noted.n}, and the target knows of no batch at all. Was it ` +
+            "emptied, or is it another one? To begin where the group is, set its offset there with Kafka's own tools",
+        );
+      }
+      if (!isLost && noted?.place) return await behind(noted.place);
       const [first, end] = [await connection.start(topic, partition), await connection.end(topic, partition)];
-      if (protocol === "sealed" && noted && noted.n > 0) {
-        if (!accepted) {
-          throw await diverged(
-            `the group is at ${kept!.offset}, behind batch ${noted.n}, and the target knows of no batch at all. Was it ` +
-              "emptied, or is it another one? To begin where the group is, set its offset there with Kafka's own tools",
-          );
-        }
-      } else if (noted?.place) return await behind(noted.place);
-      else if (kept) {
+      if (kept && !isLost) {
         if (kept.offset > end && !accepted) throw await diverged(`it ends at ${end}, and the group is at ${kept.offset}`);
         if (kept.offset < first && !accepted) {
           throw await diverged(`records ${kept.offset} to ${first - 1} were deleted before they were taken`);

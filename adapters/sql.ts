@@ -610,15 +610,14 @@ const CLAIMED = { state: "claimed", fence: 1, attempt: 1, generation: 1, request
 function handle(
   { dialect, tables }: Pick<SqlServer<unknown>, "dialect" | "tables">,
   sql: Run,
-  /** Of a transaction of the store's own, and until when it is open; left out where one was joined, which is the application's. */
-  own?: Attempts & { readonly open: AbortSignal },
+  /** Of a transaction of the store's own, and what keeps it alive; left out where one was joined, which is the application's. */
+  own?: Attempts & { keepAlive(): void },
 ): { readonly effects: EffectTransaction; readonly guard: TransactionGuard } {
   const attempts: Attempts = own ?? { before: new Map(), mine: new Map() };
   const { clock, name, latest } = dialect;
   const { effects: table, columns: c } = tables;
   const guard = createGuard();
   const claimed = new Set<string>();
-  let beats = false;
   const insertOne = `insert into ${table} (scope, "key", fingerprint, request, token, changed_ms)
     values (?, ?, ?, ?, ?, ${clock})`;
   const select = `select ${COLUMNS.join(", ")}, token, ${clock} as now_ms from `;
@@ -734,10 +733,7 @@ function handle(
           const put = dialect.advance
             ? found!["put"] === true
             : await dialect.insertNew(sql, insert, [...owner, n, uid, prev, JSON.stringify(rows)], 1);
-          if (own && !beats) {
-            beats = true;
-            keepAlive(sql, own.open);
-          }
+          own?.keepAlive();
           if (!put) throw new EffectError("fenced", `Cannot commit batch ${n}: another owner has committed one meanwhile`);
           if (n <= RING || dialect.advance) return;
           await sql(`delete from ${tables.positions} where relay = ? and source = ? and n <= ?`, [...owner, n - RING]);
@@ -951,15 +947,20 @@ export function sqlStore<Client>(unchecked: SqlServer<Client>): EffectStore<Clie
           // Who did not get to its COMMIT has none.
           if (answer) { for (const [proof, key] of attempts.mine) attempts.before.set(proof, key); }
           attempts.mine.clear();
-          const over = new AbortController();
-          const { effects, guard } = handle(server, sql as Run, { ...attempts, open: over.signal });
+          let over: AbortController | undefined; // Not for each transaction: an abort makes an error with its stack.
+          const { effects, guard } = handle(server, sql as Run, {
+            ...attempts,
+            keepAlive() {
+              if (!over) keepAlive(sql as Run, (over = new AbortController()).signal);
+            },
+          });
           try {
             const value = await run(effects, client);
             guard.check();
             answer = { value };
             return value;
           } finally {
-            over.abort();
+            over?.abort();
           }
         }, () => attempts.mine.size > 0);
       } catch (error) {

@@ -277,10 +277,13 @@ Deno.test("a sink that knows of no batch while the group knows of some ends the 
   assertEquals(emptied.texts(), ["0", "1", "2", "3"]);
   // As the sentence has it, by Kafka's own tools: with no note.
   await produce(topic, numbered(4, 6));
-  const admin = kafkaOf(BROKERS).admin();
-  await admin.connect();
-  await admin.setOffsets({ groupId: name, topic, partitions: [{ partition: 0, offset: "4" }] });
-  await admin.disconnect();
+  async function setOffset(offset: string): Promise<void> {
+    const admin = kafkaOf(BROKERS).admin();
+    await admin.connect();
+    await admin.setOffsets({ groupId: name, topic, partitions: [{ partition: 0, offset }] });
+    await admin.disconnect();
+  }
+  await setOffset("4");
   await drained(topic, { name, to: other.to, source });
   assertEquals(other.texts(), ["4", "5"]);
   // One that is called has claims, and the group keeps its place whatever the sink: also the other way round.
@@ -297,6 +300,13 @@ Deno.test("a sink that knows of no batch while the group knows of some ends the 
   await produce(topic, numbered(8, 9));
   await drained(topic, { name, to: third.to, source });
   assertEquals(third.texts(), ["8"]);
+  // Where the sink knows a place, the group's decides nothing.
+  await setOffset("0");
+  await drained(topic, { name, to: third.to, source });
+  await produce(topic, numbered(9, 11));
+  await setOffset("10");
+  await drained(topic, { name, to: third.to, source });
+  assertEquals(third.texts(), ["8", "9", "10"]);
 });
 
 Deno.test("a group that goes on into a database where its calls have ended finds a topic that was made anew", async () => {

@@ -345,8 +345,8 @@ export const mutants: readonly Mutant[] = [
   ),
   source(
     "a sink that has lost its position is taken to be where the group is",
-    `if (protocol === "sealed" && noted && noted.n > 0) {`,
-    `if (!kept) {`,
+    `const isLost = protocol === "sealed" && noted !== undefined && noted.n > 0;`,
+    `const isLost = false;`,
   ),
   source(
     "the last record that was taken is taken again",
